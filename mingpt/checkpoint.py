@@ -1,0 +1,172 @@
+"""Checkpoints: one safetensors file each, with a JSON description in its header; atomic to write, verified to read.
+
+A file is either the old one or the new one, never half of one: it is written beside its place, flushed to the disk and
+renamed. The description and the tensors are one file, so that they cannot come apart. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mingpt
+
+FORMAT = 1
+_HEADER = "mingpt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or is of something else; the message names the file and the field."""
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, finds either all of it or what was there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write tensors and what they are.
+
+    Args:
+        path: the file, by custom ``*.safetensors``.
+        tensors: any dtypes; written from whatever device they are on.
+        description: JSON values; versions and a checksum are added to it.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "checksum": _checksum(tensors),
+        "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "description": description,
+    }
+    write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``save_checkpoint`` wrote: the tensors, on the CPU, and the description.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged or was not written by ``save_checkpoint``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
+    if header is None:
+        raise CheckpointError(f"{path}: field '{_HEADER}' is missing from its header, so this package did not write it")
+    if header["format"] != FORMAT:
+        raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
+    if header["checksum"] != _checksum(tensors):
+        raise CheckpointError(f"{path}: field 'checksum' does not match the tensors; the file is damaged")
+    return tensors, header["description"] | {"versions": header["versions"]}
+
+
+def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> None:
+    """Check one field of a description, or of several nested in it.
+
+    Raises:
+        CheckpointError: naming the file, the first field that differs, and both values.
+    """
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in {**expected, **found}:
+            require_equal(path, f"{field}.{key}", found.get(key), expected.get(key))
+    elif found != expected:
+        raise CheckpointError(f"{path}: field '{field}' is {found!r}, expected {expected!r}")
+
+
+def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load a module's weights, all of them, checking names and shapes first.
+
+    Raises:
+        CheckpointError: naming the file and the first tensor that is missing, unknown, or of another shape.
+    """
+    own = module.state_dict()
+    for name in own.keys() | tensors.keys():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor '{name}' is missing")
+        if name not in own:
+            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
+        require_equal(path, f"{name}.shape", list(tensors[name].shape), list(own[name].shape))
+    module.load_state_dict(dict(tensors))
+
+
+def flatten_state(state: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
+    """Separate nested dictionaries and lists into tensors by name and a JSON skeleton that refers to them."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[name] = node
+            return {"tensor": name}
+        if isinstance(node, Mapping):
+            return {"items": [[key, walk(value, f"{name}.{key}")] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list": [walk(value, f"{name}.{place}") for place, value in enumerate(node)]}
+        return {"value": node}
+
+    return tensors, walk(state, prefix)
+
+
+def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``flatten_state``; tuples come back as lists."""
+    if "tensor" in skeleton:
+        return tensors[skeleton["tensor"]]
+    if "items" in skeleton:
+        return {key: unflatten_state(value, tensors) for key, value in skeleton["items"]}
+    if "list" in skeleton:
+        return [unflatten_state(value, tensors) for value in skeleton["list"]]
+    return skeleton["value"]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,48 @@
+"""The names that the notebooks import, gathered from where they live. Nothing inside the package imports this."""
+
+from mingpt.datasets import CustomDataset
+from mingpt.evaluation import eval, label_batch  # noqa: A004 (the seed notebook's name)
+from mingpt.tasks import (
+    PRETRAINING_TASKS,
+    SIMPLE_TASKS,
+    TEST_TASKS,
+    Add1,
+    CompositeTask,
+    Divisible,
+    DoubleHistogram,
+    FilterAtLeastNTimes,
+    InverseBinary,
+    LessThan,
+    Modulo,
+    MoreThanEqual,
+    NotDivisible,
+    SortAscending,
+    SortDescending,
+    Task,
+)
+from mingpt.trainer import batch_end_callback
+from mingpt.visualization import attention_visualization
+
+__all__ = [
+    "PRETRAINING_TASKS",
+    "SIMPLE_TASKS",
+    "TEST_TASKS",
+    "Add1",
+    "CompositeTask",
+    "CustomDataset",
+    "Divisible",
+    "DoubleHistogram",
+    "FilterAtLeastNTimes",
+    "InverseBinary",
+    "LessThan",
+    "Modulo",
+    "MoreThanEqual",
+    "NotDivisible",
+    "SortAscending",
+    "SortDescending",
+    "Task",
+    "attention_visualization",
+    "batch_end_callback",
+    "eval",
+    "label_batch",
+]

@@ -1,0 +1,446 @@
+"""The training loop, and what differs when a prefix is trained instead of a model.
+
+Legend: B batch, T tokens, P prefix positions, C channels, L layers, K prefixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mingpt import checkpoint
+from mingpt.datasets import CustomDataset
+from mingpt.model import GPT
+from mingpt.optim import build_optimizer, learning_rate_factor
+from mingpt.precision import autocast, resolve_precision
+from mingpt.prefix import Prefix, as_prefix
+from mingpt.utils import CfgNode
+
+Batch = tuple[Tensor, Tensor]
+
+_WATCHING = {
+    *("device", "num_workers", "checkpoint_path", "checkpoint_every"),
+    *("metrics_path", "tensorboard_path", "log_every", "progress"),
+}
+"""Configuration keys that say where a run is and how it is watched; they may change between the parts of one run."""
+
+
+class Trainer:
+    """Trains a model on a map-style dataset of (x, y) pairs.
+
+    ``run`` is the only loop. A subclass says what is trained (``trained_tensors``), by which optimizer, and how the
+    loss of a batch is computed; it does not touch the loop.
+
+    Attributes:
+        device: where the model is.
+        optimizer: made by ``run``.
+        loss: the last batch's loss, a scalar tensor.
+        iter_num: how many iterations are done; during the callbacks of an iteration, its number from 0.
+        iter_dt: seconds the last iteration took.
+    """
+
+    @staticmethod
+    def get_default_config() -> CfgNode:
+        """minGPT's settings, and this package's, which change nothing until they are set.
+
+        Keys:
+            device: "auto" is a GPU where there is one.
+            num_workers: processes that make batches; 0 makes them in this one, which is fastest for CustomDataset.
+            max_iters: when to stop; None goes on for ever.
+            batch_size, learning_rate, betas, weight_decay (on weights of linear layers), grad_norm_clip: as in minGPT.
+            optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate.
+            lr_schedule: "constant", "linear" or "cosine", a decay over the last decay_fraction of the run.
+            warmup_iters: iterations of linear warm-up.
+            precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
+            compile: pass the model through torch.compile.
+            checkpoint_path: a file that a run is resumed from where it exists, and saved to every checkpoint_every
+                iterations and at the end.
+            metrics_path: a JSON-lines file that gets a line every log_every iterations.
+            tensorboard_path: a folder for TensorBoard's events, where the package tensorboard is installed.
+            progress: show a progress bar; "auto" shows it on a terminal.
+        """
+        return CfgNode(
+            device="auto",
+            num_workers=0,
+            max_iters=None,
+            batch_size=64,
+            learning_rate=3e-4,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            grad_norm_clip=1.0,
+            optimizer="adamw",
+            muon_learning_rate=5e-3,
+            lr_schedule="constant",
+            warmup_iters=0,
+            decay_fraction=0.4,
+            precision="auto",
+            compile=False,
+            checkpoint_path=None,
+            checkpoint_every=None,
+            metrics_path=None,
+            tensorboard_path=None,
+            log_every=10,
+            progress="auto",
+        ).close()
+
+    def __init__(self, config: CfgNode, model: Any, train_dataset: Any):
+        """Move the model to its device and get ready; ``run`` does the work.
+
+        Args:
+            config: see ``get_default_config``.
+            model: called as ``model(x, y)``, returns (logits, loss); has ``configure_optimizers(config)``.
+            train_dataset: a map-style dataset of pairs of tensors. One with ``batch(indices)``, as CustomDataset, is
+                walked without end or repetition; from any other, examples are drawn at random with replacement.
+        """
+        self.config, self.model, self.train_dataset = config, model, train_dataset
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        self.precision = resolve_precision(config.precision, self.device)
+        model.to(self.device)
+        self.callbacks: dict[str, list[Callable[[Trainer], None]]] = defaultdict(list)
+        self.optimizer: Any = None
+        self.loss: Tensor = torch.tensor(float("nan"))
+        self.iter_num, self.iter_time, self.iter_dt = 0, 0.0, 0.0
+        self._data_seed = 0
+
+    def add_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
+        """Call ``callback(trainer)`` too when the event happens; the event is "on_batch_end"."""
+        self.callbacks[onevent].append(callback)
+
+    def set_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
+        """Call only ``callback(trainer)`` when the event happens."""
+        self.callbacks[onevent] = [callback]
+
+    def trigger_callbacks(self, onevent: str) -> None:
+        """Call what was set and added for an event."""
+        for callback in self.callbacks.get(onevent, []):
+            callback(self)
+
+    # ------------------------------------------------------------------------- the steps a subclass may override
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What is trained, by the name a checkpoint keeps it under."""
+        return dict(self.model.named_parameters())
+
+    def build_optimizer(self) -> Any:
+        """A fresh optimizer for the trained tensors."""
+        return build_optimizer(self.model, self.config)
+
+    def set_mode(self) -> None:
+        """Put the model into the mode that it is trained in."""
+        self.model.train()
+
+    def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The scalar to descend on."""
+        # The zeros before the content are the same in every row, so one row of them is enough.
+        n_shared = self.train_dataset.prefix_padding if isinstance(self.train_dataset, CustomDataset) else 0
+        arguments = {"n_shared": n_shared} if n_shared else {}
+        return self._forward(x, y, **arguments)[1]
+
+    def clip_gradients(self) -> None:
+        """Scale the gradients down to a norm of at most ``grad_norm_clip``."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Train until ``max_iters``, from the beginning or from ``checkpoint_path`` where that file exists.
+
+        Raises:
+            CheckpointError: if that file is damaged or belongs to another run.
+        """
+        config = self.config
+        self.iter_num = 0
+        self._data_seed = int(torch.randint(2**62, ()))  # as minGPT's sampler, it follows set_seed
+        self.optimizer = self.build_optimizer()
+        for group in self.optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        self._forward = torch.compile(self.model) if config.compile else self.model
+        if config.checkpoint_path and Path(config.checkpoint_path).exists():
+            self._resume(config.checkpoint_path)
+        self.set_mode()
+        with self._watch() as report:
+            self.iter_time = time.perf_counter()
+            for x, y in self._batches():
+                if config.max_iters is not None and self.iter_num >= config.max_iters:
+                    break
+                self._step(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+                self.trigger_callbacks("on_batch_end")
+                self.iter_num += 1
+                now = time.perf_counter()
+                self.iter_dt, self.iter_time = now - self.iter_time, now
+                report()
+                if config.checkpoint_every and self.iter_num % config.checkpoint_every == 0:
+                    self.save()
+        if config.checkpoint_path:
+            self.save()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        factor = learning_rate_factor(self.iter_num, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.precision, self.device):
+            self.loss = self.compute_loss(x, y)
+        self.loss.backward()
+        self.clip_gradients()
+        self.optimizer.step()
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from iteration ``iter_num`` on; which rows they hold does not depend on where it started."""
+        dataset, config = self.train_dataset, self.config
+        indices = _IndexBatches(dataset, config.batch_size, self.iter_num, self._data_seed)
+        if hasattr(dataset, "batch") and config.num_workers == 0:
+            return (dataset.batch(batch) for batch in indices)
+        return iter(
+            torch.utils.data.DataLoader(
+                dataset,
+                batch_sampler=indices,
+                num_workers=config.num_workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[Callable[[], None]]:
+        """Open the progress bar and the metrics file; yields what to call after each iteration."""
+        from tqdm import tqdm
+
+        config = self.config
+        bar = tqdm(
+            total=config.max_iters,
+            initial=self.iter_num,
+            disable=None if config.progress == "auto" else not config.progress,
+            unit="it",
+            dynamic_ncols=True,
+        )
+        writer = _tensorboard_writer(config.tensorboard_path)
+        with contextlib.ExitStack() as stack:
+            stack.callback(bar.close)
+            if writer is not None:
+                stack.callback(writer.close)
+            file = (
+                stack.enter_context(_open_metrics(config.metrics_path, self.iter_num)) if config.metrics_path else None
+            )
+
+            def report() -> None:
+                bar.update()
+                if self.iter_num % config.log_every and self.iter_num != config.max_iters:
+                    return
+                loss = self.loss.item()
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                rate = self.optimizer.param_groups[-1]["lr"]
+                if file is not None:
+                    line = {"iter": self.iter_num, "loss": loss, "learning_rate": rate, "iter_dt": self.iter_dt}
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                if writer is not None:
+                    writer.add_scalar("loss", loss, self.iter_num)
+                    writer.add_scalar("learning_rate", rate, self.iter_num)
+
+            yield report
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the run: a checkpoint of one run does not resume another."""
+        config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.to_dict().items()}
+        model_config = getattr(self.model, "config", None)
+        return {
+            "trainer": type(self).__name__,
+            "recipe": {k: v for k, v in config.items() if k not in _WATCHING} | {"precision": self.precision},
+            "model": model_config.to_dict() if isinstance(model_config, CfgNode) else None,
+            "data": self.train_dataset.describe() if hasattr(self.train_dataset, "describe") else None,
+        }
+
+    def save(self) -> None:
+        """Write all that the rest of the run depends on to ``checkpoint_path``."""
+        optimizer, skeleton = checkpoint.flatten_state(self.optimizer.state_dict(), "optimizer")
+        tensors = {f"trained.{name}": tensor for name, tensor in self.trained_tensors().items()} | optimizer
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        state = {"iter_num": self.iter_num, "data_seed": self._data_seed, "optimizer": skeleton}
+        checkpoint.save_checkpoint(self.config.checkpoint_path, tensors, self.describe() | {"state": state})
+
+    def _resume(self, path: str | Path) -> None:
+        tensors, description = checkpoint.load_checkpoint(path)
+        for field, expected in self.describe().items():
+            checkpoint.require_equal(path, field, description.get(field), expected)
+        state = description["state"]
+        for name, tensor in self.trained_tensors().items():
+            saved = tensors[f"trained.{name}"]
+            checkpoint.require_equal(path, f"{name}.shape", list(saved.shape), list(tensor.shape))
+            with torch.no_grad():
+                tensor.copy_(saved)
+        self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
+        self.iter_num, self._data_seed = state["iter_num"], state["data_seed"]
+        torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+class PrefixTrainer(Trainer):
+    """Trains one prefix, or several at once, for a model that stays as it is.
+
+    Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added and
+    their gradients clipped one by one, so each ends as if it had been trained alone.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        model: GPT,
+        train_dataset: CustomDataset | Sequence[CustomDataset],
+        prefixes: Tensor | Prefix,
+    ):
+        """Get ready to train ``prefixes`` in place.
+
+        Args:
+            config: see ``Trainer.get_default_config``; weight decay does not apply to prefixes.
+            model: a GPT.
+            train_dataset: one dataset for one prefix, or a list of K.
+            prefixes: a leaf tensor (L, P, C), or (K, L, P, C) for a list of K datasets; or a Prefix of any kind, whose
+                ``values`` hold K prefixes.
+
+        Raises:
+            ValueError: if the prefix does not fit the model, or a dataset leaves no place for it.
+        """
+        is_joint = isinstance(train_dataset, Sequence)
+        datasets = list(train_dataset) if isinstance(train_dataset, Sequence) else [train_dataset]
+        super().__init__(config, model, _JointDataset(datasets) if is_joint else train_dataset)
+        n_layer, n_embd = model.config.n_layer, model.config.n_embd
+        if isinstance(prefixes, Prefix):
+            prefix = prefixes
+        elif is_joint:
+            prefix = Prefix("activation", prefixes)
+        else:
+            prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
+        prefix.check(n_layer, n_embd, prefix.n_prefixes)
+        self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
+        if prefix.n_prefixes != len(datasets):
+            raise ValueError(f"{prefix.n_prefixes} prefixes for {len(datasets)} datasets; give one prefix a dataset")
+        if not self.prefixes.is_leaf or not self.prefixes.is_floating_point():
+            raise ValueError("the prefix must be a leaf tensor of a floating dtype, it is trained in place")
+        if self.prefixes.device.type != torch.device(self.device).type:
+            raise ValueError(
+                f"the prefix is on {self.prefixes.device}, training is on {self.device}; move it there first"
+            )
+        for dataset in datasets:
+            if getattr(dataset, "prefix_padding", prefix.n_positions) < prefix.n_positions:
+                raise ValueError(
+                    f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_positions} prefix positions"
+                )
+        self.prefixes.requires_grad_()
+        self._kind, self._shape = prefix.kind, prefix.values.shape  # the shape has the axis of K in front
+        self._rows = None
+        if len(datasets) > 1:
+            self._rows = torch.arange(len(datasets), device=self.device).repeat_interleave(config.batch_size)
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        return {"prefixes": self.prefixes}
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            [self.prefixes], lr=self.config.learning_rate, betas=tuple(self.config.betas), weight_decay=0.0
+        )
+
+    def set_mode(self) -> None:
+        self.model.eval()
+
+    def run(self) -> None:
+        """Train the prefixes; the model's weights get no gradient and do not change."""
+        required = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in required:
+            parameter.requires_grad_(False)
+        try:
+            super().run()
+        finally:
+            for parameter in required:
+                parameter.requires_grad_(True)
+
+    def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean over the prefixes of each one's mean cross-entropy, in nats."""
+        prefix = Prefix(self._kind, self.prefixes.view(self._shape), self._rows)
+        return self._forward(x, y, prefixes=prefix)[1]
+
+    def clip_gradients(self) -> None:
+        """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
+        assert self.prefixes.grad is not None
+        n_prefixes = self._shape[0]
+        gradient = self.prefixes.grad.view(n_prefixes, -1)
+        gradient *= n_prefixes  # the loss is the mean over prefixes, a lone prefix's is its own
+        norms = gradient.norm(dim=1, keepdim=True)
+        gradient *= (self.config.grad_norm_clip / (norms + 1e-6)).clamp(max=1.0)
+
+
+def batch_end_callback(trainer: Trainer) -> None:
+    """Print the time and the loss every 1000 iterations, as the seed notebook's callback does."""
+    if (trainer.iter_num + 1) % 1000 == 0:
+        print(
+            f"iter_dt {trainer.iter_dt * 1000:>6.2f}ms; iter {trainer.iter_num + 1:>6}: "
+            f"train loss {trainer.loss.item():.5f}"
+        )
+
+
+class _IndexBatches:
+    """For each iteration from ``start`` on, the indices of its examples: a function of the iteration's number only."""
+
+    def __init__(self, dataset: Any, batch_size: int, start: int, seed: int):
+        self.n_examples = None if hasattr(dataset, "batch") else len(dataset)
+        self.batch_size, self.start, self.seed = batch_size, start, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        iteration = self.start
+        while True:
+            if self.n_examples is None:
+                yield range(iteration * self.batch_size, (iteration + 1) * self.batch_size)
+            else:
+                generator = torch.Generator().manual_seed((self.seed + iteration) % 2**63)
+                yield torch.randint(self.n_examples, (self.batch_size,), generator=generator).tolist()
+            iteration += 1
+
+
+class _JointDataset:
+    """The same examples of each of K datasets, grouped by dataset: n indices are K * n examples."""
+
+    def __init__(self, datasets: Sequence[CustomDataset]):
+        self.datasets = datasets
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        batches = [dataset.batch(indices) for dataset in self.datasets]
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        return list(zip(*self.batch(indices), strict=True))
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [dataset.describe() for dataset in self.datasets]
+
+
+@contextlib.contextmanager
+def _open_metrics(path: str | Path, iter_num: int) -> Iterator[Any]:
+    """Open a JSON-lines file to append to, without the lines of iterations that a resumed run is to do again."""
+    path = Path(path)
+    kept = []
+    if iter_num and path.exists():
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+            kept.extend(line for line in path.read_text().splitlines(True) if json.loads(line)["iter"] <= iter_num)
+    checkpoint.write_atomic(path, "".join(kept).encode())
+    with path.open("a") as file:
+        yield file
+
+
+def _tensorboard_writer(path: str | Path | None) -> Any:
+    if path is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path))

@@ -1,0 +1,407 @@
+"""Every figure: attention maps, accuracy matrices, learning curves, what a prefix changes, accuracy by position.
+
+Each function returns a matplotlib Figure, to be saved with ``figure.savefig(path)``. In a notebook it is shown once,
+whether or not it is the cell's last value. Colours are told apart by the colour-blind too, and no global style changes.
+
+Legend: H heads, L row length, P prefix positions, T = P + 2 L - 1 tokens that the model reads.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from mingpt.evaluation import AccuracyMatrix, Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
+
+MAX_ANNOTATED_PANELS = 8
+"""The most attention maps in one figure whose values are printed."""
+
+_COLORMAP = "YlGnBu"  # its lowest colour is not white, which stands for "no cell"
+_DARK, _ACCENT, _PALE = "#0173B2", "#D55E00", "#B8B8B8"  # blue, vermilion and grey, apart for every kind of eye
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention_visualization(
+    sample: Tensor,
+    activations_record: Iterable[tuple[str, Tensor]],
+    prefix_size: int,
+    length: int,
+    title: str = "",
+    ignore_and_rescale_prefix: bool = False,
+    annot: bool = True,
+) -> Figure:
+    """Draw what every head of every layer attends to: one row of maps for each layer, one column for each head.
+
+    Args:
+        sample: (P + 2 L,) or (1, P + 2 L) tokens: prefix places, input, output; the last one the model did not read.
+        activations_record: what ``model(sample[None, :-1], activations_record=record)`` recorded: its "attention"
+            entries are (1, H, T, T), one a layer, and the others are skipped. It is not changed.
+        prefix_size: P.
+        length: L.
+        title: above the figure.
+        ignore_and_rescale_prefix: leave the prefix positions out, and rescale the rest of each row to sum to 1.
+        annot: print the values from 0.005 up, as long as there are at most ``MAX_ANNOTATED_PANELS`` maps.
+
+    Raises:
+        ValueError: if the record has no attention or that of several rows, or a shape does not fit the sizes.
+    """
+    tokens = [str(token) for token in sample.flatten().tolist()][:-1]
+    layers = _attention_layers(sample, activations_record, prefix_size, length)
+    if ignore_and_rescale_prefix:
+        layers, tokens = [_without_prefix(layer, prefix_size) for layer in layers], tokens[prefix_size:]
+        prefix_size = 0
+    n_layers, n_heads, n_tokens = len(layers), len(layers[0]), len(tokens)
+    is_small = n_layers * n_heads <= MAX_ANNOTATED_PANELS
+    panel = min(max(2.4, 0.16 * n_tokens), 8.0) if is_small else 2.0  # inches
+    cell = 72 * panel / n_tokens  # points
+    figure = _new_figure(n_heads * panel + 1.3, n_layers * panel + 0.8)
+    grid = figure.subplots(n_layers, n_heads, squeeze=False)
+    is_later = np.triu(np.ones((n_tokens, n_tokens), dtype=bool), k=1)
+    mesh = None
+    for layer, heads in enumerate(layers):
+        for head, weights in enumerate(heads):
+            ax = grid[layer, head]
+            texts = None
+            if annot and is_small and cell >= 9:
+                texts = np.where(is_later | (weights < 0.005), "", np.char.lstrip(np.char.mod("%.2f", weights), "0"))
+            mesh = _heatmap(ax, np.ma.array(weights, mask=is_later), 1.0, texts, min(8.0, 0.44 * cell))
+            for edge in {prefix_size, prefix_size + length} - {0, n_tokens}:
+                ax.plot([0, edge, edge], [edge, edge, n_tokens], color="0.35", linewidth=0.6)
+            # The triangle of later tokens is empty: room for the title.
+            ax.set_title(f"L{layer + 1} H{head + 1}", loc="right", y=1.0, pad=-9, fontsize=7)
+    edges = [0, prefix_size, prefix_size + length, n_tokens]
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[])
+    for axis in (*(ax.xaxis for ax in grid[-1]), *(ax.yaxis for ax in grid[:, 0])):
+        _label_tokens(axis, tokens, edges, cell)
+    figure.supxlabel("attended token", fontsize=9)
+    figure.supylabel("attending token", fontsize=9)
+    bar_height = min(1.0, 2.5 / (n_layers * panel))
+    assert mesh is not None
+    _add_colorbar(figure, mesh, grid, "attention, rescaled" if ignore_and_rescale_prefix else "attention", bar_height)
+    _add_title(figure, title)
+    return figure
+
+
+def _attention_layers(
+    sample: Tensor, activations_record: Iterable[tuple[str, Tensor]], prefix_size: int, length: int
+) -> list[np.ndarray]:
+    """The record's attention, (H, T, T) for each layer, after a check of every size."""
+    if prefix_size < 0 or length < 1:
+        raise ValueError(f"prefix_size must be at least 0 and length at least 1, got {prefix_size} and {length}")
+    n_tokens = prefix_size + 2 * length - 1
+    if tuple(sample.shape) not in {(n_tokens + 1,), (1, n_tokens + 1)}:
+        raise ValueError(
+            f"sample must be one row of prefix_size + 2 * length = {n_tokens + 1} tokens, got {tuple(sample.shape)}"
+        )
+    record = list(activations_record)
+    layers = [tensor for name, tensor in record if name == "attention"]
+    if not layers:
+        raise ValueError(
+            f"the record must have 'attention' entries, got {sorted({name for name, _ in record})}; "
+            "pass the list that model(tokens, activations_record=...) has filled"
+        )
+    for number, layer in enumerate(layers, start=1):
+        shape = tuple(layer.shape)
+        if layer.ndim == 4 and len(layer) != 1:
+            raise ValueError(f"the record must be of one row, got {len(layer)}; record model(sample[None, :-1], ...)")
+        if layer.ndim != 4 or shape[2:] != (n_tokens, n_tokens) or shape[1] != layers[0].shape[1] or not shape[1]:
+            raise ValueError(
+                f"attention entry {number} must be (1, heads, {n_tokens}, {n_tokens}), the square of prefix_size + "
+                f"2 * length - 1 tokens, with the same heads in each layer; got {shape}"
+            )
+    return [layer[0].detach().float().cpu().numpy() for layer in layers]
+
+
+def _without_prefix(attention: np.ndarray, prefix_size: int) -> np.ndarray:
+    """(H, T, T) to (H, T - P, T - P), each row rescaled to sum to 1; a row that looks at the prefix only stays 0."""
+    content = attention[:, prefix_size:, prefix_size:]
+    sums = content.sum(axis=-1, keepdims=True)
+    return np.divide(content, sums, out=np.zeros_like(content), where=sums > 0)
+
+
+def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell: float) -> None:
+    """Name the content tokens along an axis, and next to them the groups prefix, input and output between edges."""
+    step = math.ceil(5 / cell)  # long rows have a label at every step-th token
+    fontsize = min(8.0, 0.8 * cell * step)
+    places = range(edges[1], len(tokens), step)
+    spans = zip(("prefix", "input", "output"), edges, edges[1:], strict=False)
+    groups = {name: (start + end) / 2 for name, start, end in spans if end > start}
+    axis.remove_overlapping_locs = False  # a group's middle may be a token's place
+    axis.set_ticks([place + 0.5 for place in places], [tokens[place] for place in places], fontsize=fontsize)
+    axis.set_ticks(list(groups.values()), list(groups), minor=True, fontsize=7)
+    axis.set_tick_params(which="minor", pad=4 + 1.4 * fontsize)
+    if axis.axis_name == "y":
+        for label in axis.get_ticklabels(minor=True):
+            label.set(rotation=90, va="center")
+
+
+# ----------------------------------------------------------------------------------------------- accuracies
+
+
+def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "") -> Figure:
+    """Draw the accuracy of every prefix on every task, in percent, with an outline where the names are the same.
+
+    Args:
+        matrix: the scores, prefixes by tasks.
+        title: above the figure.
+
+    Raises:
+        ValueError: if the matrix is empty or its rows have not one score for each task.
+    """
+    shape = (len(matrix.prefixes), len(matrix.tasks))
+    if 0 in shape or [len(row) for row in matrix.scores] != [shape[1]] * shape[0]:
+        raise ValueError(f"the matrix must have scores for {shape[0]} prefixes by {shape[1]} tasks, at least one each")
+    figure, ax = _percent_heatmap(matrix.prefixes, matrix.tasks, matrix.accuracies, title)
+    from matplotlib.patches import Rectangle
+
+    for row, prefix in enumerate(matrix.prefixes):
+        for column, task in enumerate(matrix.tasks):
+            if prefix == task:
+                outline = Rectangle((column, row), 1, 1, fill=False, edgecolor=_ACCENT, linewidth=1.6, clip_on=False)
+                ax.add_patch(outline)
+    ax.set_xticks(ax.get_xticks(), matrix.tasks, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_xlabel("task", fontsize=9)
+    ax.set_ylabel("prefix", fontsize=9)
+    counts = sorted({score.n_rows for row in matrix.scores for score in row})
+    n_rows = " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
+    figure.supxlabel(f"{n_rows} rows a cell. Outlined: the prefix on the task it is named after.", fontsize=8)
+    return figure
+
+
+def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
+    """Draw how often each output position is right, in percent: one row for each score, columns 1 to L.
+
+    Args:
+        scores: by name, each with ``by_position`` of the same length.
+        title: above the figure.
+
+    Raises:
+        ValueError: if there are no scores, or their positions are missing or differ in number.
+    """
+    lengths = {name: len(score.by_position) for name, score in scores.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"scores must have by_position of one and the same length, got the lengths {lengths}")
+    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
+    accuracies = np.array([score.by_position for score in scores.values()])
+    figure, ax = _percent_heatmap(tuple(scores), columns, accuracies, title)
+    ax.set_xlabel("output position", fontsize=9)
+    return figure
+
+
+def prefix_effect_figure(
+    with_prefix: Mapping[str, Score],
+    without_prefix: Mapping[str, Score],
+    groups: Mapping[str, Sequence[str]],
+    title: str = "",
+) -> Figure:
+    """Draw the accuracy on each task with and without its prefix, with 95% intervals.
+
+    Args:
+        with_prefix: the scores by task.
+        without_prefix: the same model's without a prefix.
+        groups: the tasks to draw, from top to bottom, by the name of their group.
+        title: above the figure.
+
+    Raises:
+        ValueError: if no tasks are named, or a score of one is missing.
+    """
+    tasks = [task for members in groups.values() for task in members]
+    missing = sorted({task for task in tasks if task not in with_prefix or task not in without_prefix})
+    if missing or not tasks:
+        raise ValueError(f"groups must name tasks that have a score with and without prefix; without one: {missing}")
+    ticks: list[tuple[float, str, bool]] = []  # place, label, is a group's name
+    places: list[float] = []
+    for group, members in groups.items():
+        start = ticks[-1][0] + 1.3 if ticks else 0.0
+        ticks.append((start, group, True))
+        ticks += [(start + offset, task, False) for offset, task in enumerate(members, start=1)]
+        places += [start + offset for offset in range(1, len(members) + 1)]
+    figure = _new_figure(6.6, 0.3 * ticks[-1][0] + 1.5)
+    ax = figure.subplots()
+    for label, scores, offset, color in (
+        ("with its prefix", with_prefix, -0.2, _DARK),
+        ("without prefix", without_prefix, 0.2, _PALE),
+    ):
+        percent = 100 * np.array([(scores[task].accuracy, *scores[task].interval) for task in tasks])
+        accuracy, low, high = percent.T
+        errors = np.maximum(0, [accuracy - low, high - accuracy])
+        rows = np.array(places) + offset
+        error_style = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, "ecolor": "0.15"}
+        ax.barh(rows, accuracy, height=0.4, color=color, label=label, xerr=errors, error_kw=error_style)
+        for row, value, end in zip(rows, accuracy, high, strict=True):
+            ax.text(end + 1.2, row, _percent(value / 100), va="center", fontsize=6.5)
+    ax.set_yticks([place for place, _, _ in ticks], [label for _, label, _ in ticks], fontsize=8)
+    for label, (_, _, is_group) in zip(ax.get_yticklabels(), ticks, strict=True):
+        label.set_fontweight("bold" if is_group else "normal")
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(ticks[-1][0] + 0.7, -0.6)
+    ax.set_xlim(0, 110)
+    ax.set_xticks(range(0, 101, 20))
+    ax.set_xlabel("accuracy in percent, with its 95% interval", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.grid(axis="x", color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _add_title(figure, title)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file such as the Trainer's ``metrics_path``; empty lines are skipped.
+
+    Raises:
+        ValueError: if a line is not a JSON object, with the file's name and the line's number.
+    """
+    lines = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); a killed run may leave half a line") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line!r}")
+        lines.append(value)
+    return lines
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", floor: float | None = None
+) -> Figure:
+    """Draw the loss, on a logarithmic scale, against the iteration.
+
+    Args:
+        curves: by name, the lines of a metrics file: each has "iter" and "loss" (nats a token).
+        title: above the figure.
+        floor: the loss of the best possible predictor, drawn as a line.
+
+    Raises:
+        ValueError: if there are no curves, a line lacks "iter" or "loss", or the floor is not positive.
+    """
+    import seaborn as sns
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    bad = [name for name, lines in curves.items() if not lines or any(not {"iter", "loss"} <= set(x) for x in lines)]
+    if bad or not curves:
+        raise ValueError(f"curves must have lines with 'iter' and 'loss'; without them: {bad or 'there are no curves'}")
+    if floor is not None and not floor > 0:
+        raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
+    figure = _new_figure(6.4, 3.8)
+    ax = figure.subplots()
+    colors = sns.color_palette("colorblind", 8)
+    for number, (name, lines) in enumerate(curves.items()):
+        style = ("-", "--", ":", "-.")[number // len(colors) % 4]
+        iters, losses = [line["iter"] for line in lines], [line["loss"] for line in lines]
+        ax.plot(iters, losses, style, color=colors[number % len(colors)], linewidth=1.3, label=name)
+    if floor is not None:
+        ax.axhline(floor, color="0.35", linestyle=(0, (1, 1.5)), linewidth=1.2, label=f"best possible, {floor:.3g}")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("iteration")
+    ax.set_ylabel("loss (nats a token)")
+    ax.grid(color="0.92", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    _add_title(figure, title)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------- shared parts
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches.
+
+    In IPython pyplot makes it, so that a notebook shows it wherever in a cell it is drawn. Elsewhere pyplot does not
+    know about it: no window opens and nothing has to be closed.
+    """
+    from matplotlib.figure import Figure
+
+    size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained"}
+    if not hasattr(builtins, "__IPYTHON__"):
+        return Figure(**size)
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(**size)
+    setattr(figure, "_ipython_display_", partial(_display, figure))  # noqa: B010 (IPython's hook, not matplotlib's)
+    return figure
+
+
+def _display(figure: Figure) -> None:
+    """Show the figure as a cell's value: not at all while pyplot still has it, because it will show it then."""
+    import matplotlib.pyplot as plt
+
+    if all(plt.figure(number) is not figure for number in plt.get_fignums()):
+        raise NotImplementedError  # how IPython is told to show it as any other figure
+
+
+def _heatmap(
+    ax: Axes, values: np.ndarray, highest: float, texts: np.ndarray | None = None, fontsize: float = 7.0, **style: Any
+) -> QuadMesh:
+    """Draw (rows, columns) of values from 0 to ``highest`` as cells, the first row on top, with texts in them."""
+    # Not seaborn's heatmap, which draws the whole figure again for every panel.
+    mesh = ax.pcolormesh(values, cmap=_COLORMAP, vmin=0, vmax=highest, rasterized=True, **style)
+    ax.set_ylim(len(values), 0)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(which="both", length=0)
+    for row, column in np.argwhere(texts != "") if texts is not None else ():
+        color = "white" if values[row, column] > 0.55 * highest else "black"
+        place = (column + 0.5, row + 0.5)
+        ax.text(*place, str(texts[row, column]), ha="center", va="center", fontsize=fontsize, color=color)
+    return mesh
+
+
+def _percent_heatmap(
+    rows: Sequence[str], columns: Sequence[str], accuracies: np.ndarray, title: str
+) -> tuple[Figure, Axes]:
+    """A figure of accuracies, 0 to 1, as annotated percentages on a scale from 0 to 100."""
+    figure = _new_figure(0.42 * len(columns) + 3.2, 0.26 * len(rows) + 2.2)
+    ax = figure.subplots()
+    texts = np.array([[_percent(accuracy) for accuracy in row] for row in accuracies])
+    mesh = _heatmap(ax, 100 * accuracies, 100, texts, edgecolor="white", linewidth=0.5)
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=8)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
+    _add_colorbar(figure, mesh, ax, "accuracy in percent", 1.0)
+    _add_title(figure, title)
+    return figure, ax
+
+
+def _percent(share: float) -> str:
+    """A share from 0 to 1 in percent; only an exact 0 or 1 has no decimal."""
+    return f"{100 * share:.0f}" if share in (0, 1) else f"{100 * share:.1f}"
+
+
+def _add_colorbar(figure: Figure, mesh: QuadMesh, axes: Any, label: str, shrink: float) -> None:
+    bar = figure.colorbar(mesh, ax=axes, shrink=shrink, aspect=30 * shrink, anchor=(0, 1), pad=0.015)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.set_label(label, fontsize=8)
+
+
+def _add_title(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=11)

@@ -1,0 +1,51 @@
+"""Packaging of the sandbox; the tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+version = re.search(r'__version__ = "(.*)"', (HERE / "mingpt" / "__init__.py").read_text())
+
+setup(
+    name="mingpt-prefix-tuning",
+    version=version.group(1),
+    description="What can a prefix teach a frozen transformer? A minGPT sandbox for prefix-tuning research",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["mingpt"],
+    package_data={"mingpt": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.10",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "matplotlib>=3.8",
+        "seaborn>=0.13",
+        "click>=8.1",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "hf": ["transformers>=4.50"],
+        "notebooks": ["jupyterlab>=4"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "pyright>=1.1.390",
+            "pre-commit>=4",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+        ],
+    },
+    entry_points={"console_scripts": ["mingpt = mingpt.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
