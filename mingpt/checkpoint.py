@@ -65,7 +65,7 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
-        "checksum": _checksum(tensors),
+        "checksum": checksum(tensors),
         "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "description": description,
     }
@@ -94,7 +94,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path}: field '{_HEADER}' is missing from its header, so this package did not write it")
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
-    if header["checksum"] != _checksum(tensors):
+    if header["checksum"] != checksum(tensors):
         raise CheckpointError(f"{path}: field 'checksum' does not match the tensors; the file is damaged")
     return tensors, header["description"] | {"versions": header["versions"]}
 
@@ -156,8 +156,8 @@ def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton["value"]
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors on the CPU, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -174,6 +174,13 @@ class AccuracyMatrix:
     tasks: tuple[str, ...]
     scores: tuple[tuple[Score, ...], ...]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
+        """Undo ``to_dict``; what the scores were at each position is not kept."""
+        counts = zip(values["n_correct"], values["n_rows"], strict=True)
+        scores = tuple(tuple(map(Score, n_correct, n_rows)) for n_correct, n_rows in counts)
+        return cls(tuple(values["prefixes"]), tuple(values["tasks"]), scores)
+
     @property
     def accuracies(self) -> np.ndarray:
         """The accuracies, (n_prefixes, n_tasks), 0 to 1."""
@@ -199,7 +206,7 @@ def accuracy_matrix(
     prefixes: Mapping[str, Tensor | Prefix | None],
     datasets: Sequence[CustomDataset],
     n_rows: int = N_ROWS,
-    on_prefix: Callable[[str], None] | None = None,
+    on_prefix: Callable[[str], object] | None = None,
     **options: Any,
 ) -> AccuracyMatrix:
     """Score every prefix on the one task of every dataset.
@@ -240,6 +247,32 @@ def accuracy_matrix(
             scores.update((column, Score.of(outputs, rows[column][1])) for column in columns)
         table.append(tuple(scores[column] for column in range(len(datasets))))
     return AccuracyMatrix(tuple(prefixes), tuple(str(dataset.tasks[0]) for dataset in datasets), tuple(table))
+
+
+def best_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
+    """The cross-entropy in nats per output token that no predictor can beat on a mixture of tasks.
+
+    A predictor that knows every task, but not which of them was drawn, weighs the tasks by Bayes' rule: by how likely
+    each poses this input, then by whether it agrees with the outputs seen so far. What it is unsure of is left.
+
+    Args:
+        dataset: a mixture; rows drawn with and without repeats are taken as equally likely for all tasks.
+        n_rows: rows to average over.
+    """
+    inputs, solutions = dataset.rows(range(n_rows))
+    likely = np.zeros((len(dataset.tasks), n_rows))  # (K, N), up to a factor for each row
+    agrees = np.zeros((len(dataset.tasks), *inputs.shape), dtype=bool)  # (K, N, L)
+    for k, task in enumerate(dataset.tasks):
+        first, rest = task.input_values(dataset.num_digits)
+        is_possible = (inputs >= rest.low).all(axis=1) & (inputs <= rest.high).all(axis=1)
+        is_possible &= (inputs[:, 0] >= first.low) & (inputs[:, 0] <= first.high)
+        # Every row but its argument is as likely under one task as under another with the same values.
+        likely[k] = is_possible / (first.high - first.low + 1.0)
+        agrees[k] = task.solve(inputs) == solutions
+    agreed = np.cumprod(agrees, axis=2)
+    after = (likely[:, :, None] * agreed).sum(axis=0)  # (N, L) the weight of the tasks that agree up to each output
+    before = np.concatenate([likely.sum(axis=0)[:, None], after[:, :-1]], axis=1)
+    return float(np.mean(np.log(before / after)))
 
 
 def label_batch(

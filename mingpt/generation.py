@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mingpt.past import LayerCache, Past
 from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ def generate(
     for _ in range(max_new_tokens):
         window = tokens[:, -model.block_size :]
         if past is None or tokens.shape[1] > model.block_size:
-            past, n_read = prefix_past, n_prefix
-            if prefix is None:
-                n_read = _n_shared(window)
-                past = model.extend(window[:1, :n_read])[1] if n_read else None
+            n_read = n_prefix if prefix_past is not None else _n_shared(window)
+            shared = prefix_past or model.extend(window[:1, :n_read])[1]
+            past = _new_cache(shared, batch, min(n_prompt + max_new_tokens, model.block_size))
         logits, past = model.extend(window[:, n_read:], past)
         n_read = window.shape[1]
         logits = logits[:, -1].float()  # (B, V)
@@ -100,6 +100,14 @@ def generate(
     if activations_record is not None and max_new_tokens:
         model(tokens[:, :-1][:, -model.block_size :], prefixes=prefixes, activations_record=activations_record)
     return tokens
+
+
+def _new_cache(past: Past, batch_size: int, n_positions: int) -> list[LayerCache]:
+    """A cache for each layer, begun with a past."""
+    caches = [LayerCache(batch_size, n_positions) for _ in past]
+    for cache, (keys, values) in zip(caches, past, strict=True):
+        cache.append(keys, values)
+    return caches
 
 
 def _n_shared(tokens: Tensor) -> int:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt import generation
-from mingpt.prefix import Past, Prefix, activation_past, as_prefix, key_value_past
+from mingpt.past import LayerCache, LayerPast, Past, n_positions
+from mingpt.prefix import Prefix, activation_past, as_prefix, key_value_past
 from mingpt.utils import CfgNode, nearest
 
 logger = logging.getLogger("mingpt")
@@ -69,24 +70,28 @@ class CausalSelfAttention(nn.Module):
         return keys, values
 
     def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        self, x: Tensor, past: LayerPast | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, LayerPast, Tensor]:
         """Attend.
 
         Args:
             x: (B, T, C) the content.
-            past: keys and values of S earlier positions, (1 or B, H, S, D) each.
+            past: keys and values of S earlier positions.
             mask: (T, S + T) of bool, true where a token must not look, or None where it may look everywhere.
 
         Returns:
-            The output (B, T, C), the keys and values of past and content (B, H, S + T, D), and the attention
-            weights (B, H, T, S + T).
+            The output (B, T, C), the past of what may follow, and the attention weights (B, H, T, S + T).
         """
         queries, keys, values = self._split_heads(self.c_attn(x), 3)
-        if past is not None:
-            batch = len(x)
-            keys = torch.cat([past[0].expand(batch, -1, -1, -1), keys], dim=2)
-            values = torch.cat([past[1].expand(batch, -1, -1, -1), values], dim=2)
+        new_past: LayerPast
+        if isinstance(past, LayerCache):
+            keys, values = past.append(keys, values)
+            new_past = past
+        else:
+            if past is not None:
+                keys = torch.cat([past[0].expand(len(x), -1, -1, -1), keys], dim=2)
+                values = torch.cat([past[1].expand(len(x), -1, -1, -1), values], dim=2)
+            new_past = (keys, values)
         # Written out, because at these lengths a fused kernel's backward pass is the slower one on a CPU.
         scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])  # (B, H, T, S + T)
         if mask is not None:
@@ -94,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         weights = F.softmax(scores, dim=-1)
         mixed = self.attn_dropout(weights) @ values  # (B, H, T, D)
         out = self.c_proj(mixed.transpose(1, 2).reshape(x.shape))
-        return self.resid_dropout(out), (keys, values), weights
+        return self.resid_dropout(out), new_past, weights
 
 
 class MLP(nn.Module):
@@ -124,18 +129,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: tuple[Tensor, Tensor] | None = None,
+        past: LayerPast | None = None,
         mask: Tensor | None = None,
         record: Record | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, T, C) to (B, T, C), with the keys and values to attend to next; see CausalSelfAttention."""
+    ) -> tuple[Tensor, LayerPast]:
+        """(B, T, C) to (B, T, C), with the past of what may follow; see CausalSelfAttention."""
         out, new_past = self.attend(x, past, mask, record)
         x = x + out
         return x + self.mlp(self.ln_2(x)), new_past
 
     def attend(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None, record: Record | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, past: LayerPast | None, mask: Tensor | None, record: Record | None
+    ) -> tuple[Tensor, LayerPast]:
         """The block's first half: what attention adds to the residual stream ``x``."""
         out, new_past, weights = self.attn(self.ln_1(x), past, mask)
         if record is not None:
@@ -283,13 +288,13 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) the content, or None with ``embeddings`` (B, T, C) in the place of the tokens' own.
-            past: keys and values of the S positions before it.
+            past: the keys and values of the S positions before it.
             record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C).
 
         Returns:
             The logits of the content (B, T, V), and the past of what may follow it.
         """
-        start = 0 if past is None else past[0][0].shape[2]
+        start = n_positions(past)
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
         x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + n_tokens])

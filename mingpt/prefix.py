@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Past = list[tuple[Tensor, Tensor]]
-"""For each layer the keys and the values, (1 or B, H, S, D) each, of the S positions before the content."""
+from mingpt.past import Past
 
 _SHAPES = {"activation": "(L, P, C)", "key_value": "(L, 2, P, C)", "prompt": "(P, C)"}
 
@@ -139,8 +138,36 @@ def key_value_past(values: Tensor, n_head: int) -> Past:
     return [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
 
 
+@torch.no_grad()
 def initial_prefix(
-    n_layer: int, n_positions: int, n_embd: int, generator: torch.Generator | None = None, std: float = 1.0
+    model: Any, n_positions: int, how: str = "padding", generator: torch.Generator | None = None
 ) -> Tensor:
-    """A random activation prefix (L, P, C) to train, normal with standard deviation ``std``, float32."""
-    return (torch.randn(n_layer, n_positions, n_embd, generator=generator) * std).requires_grad_()
+    """An activation prefix to start training from.
+
+    Args:
+        model: the GPT that it is for.
+        n_positions: P.
+        how: "padding" takes what each block sees at P padding tokens, so that training starts from the model as it is
+            without a prefix; "random" is the standard normal distribution, as the seed notebook has it.
+        generator: the source of random numbers.
+
+    Returns:
+        (L, P, C) of float32 on the model's device, a leaf that requires gradients.
+
+    Raises:
+        ValueError: for another ``how``.
+    """
+    config = model.config
+    if how == "random":
+        shape = (config.n_layer, n_positions, config.n_embd)
+        return torch.randn(shape, generator=generator).to(model.device).requires_grad_()
+    if how != "padding":
+        raise ValueError(f"unknown initialisation {how!r}; choose padding or random")
+    seen: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
+    try:
+        model.extend(torch.zeros(1, n_positions, dtype=torch.int64, device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen).requires_grad_()

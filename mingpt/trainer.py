@@ -26,7 +26,7 @@ from mingpt.utils import CfgNode
 
 Batch = tuple[Tensor, Tensor]
 
-_WATCHING = {
+WATCHING = {
     *("device", "num_workers", "checkpoint_path", "checkpoint_every"),
     *("metrics_path", "tensorboard_path", "log_every", "progress"),
 }
@@ -45,6 +45,7 @@ class Trainer:
         loss: the last batch's loss, a scalar tensor.
         iter_num: how many iterations are done; during the callbacks of an iteration, its number from 0.
         iter_dt: seconds the last iteration took.
+        seconds: what all iterations took, those before a resumption included.
     """
 
     @staticmethod
@@ -107,7 +108,7 @@ class Trainer:
         self.callbacks: dict[str, list[Callable[[Trainer], None]]] = defaultdict(list)
         self.optimizer: Any = None
         self.loss: Tensor = torch.tensor(float("nan"))
-        self.iter_num, self.iter_time, self.iter_dt = 0, 0.0, 0.0
+        self.iter_num, self.iter_time, self.iter_dt, self.seconds = 0, 0.0, 0.0, 0.0
         self._data_seed = 0
 
     def add_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
@@ -157,7 +158,7 @@ class Trainer:
             CheckpointError: if that file is damaged or belongs to another run.
         """
         config = self.config
-        self.iter_num = 0
+        self.iter_num, self.seconds = 0, 0.0
         self._data_seed = int(torch.randint(2**62, ()))  # as minGPT's sampler, it follows set_seed
         self.optimizer = self.build_optimizer()
         for group in self.optimizer.param_groups:
@@ -176,6 +177,7 @@ class Trainer:
                 self.iter_num += 1
                 now = time.perf_counter()
                 self.iter_dt, self.iter_time = now - self.iter_time, now
+                self.seconds += self.iter_dt
                 report()
                 if config.checkpoint_every and self.iter_num % config.checkpoint_every == 0:
                     self.save()
@@ -255,7 +257,7 @@ class Trainer:
         model_config = getattr(self.model, "config", None)
         return {
             "trainer": type(self).__name__,
-            "recipe": {k: v for k, v in config.items() if k not in _WATCHING} | {"precision": self.precision},
+            "recipe": {k: v for k, v in config.items() if k not in WATCHING} | {"precision": self.precision},
             "model": model_config.to_dict() if isinstance(model_config, CfgNode) else None,
             "data": self.train_dataset.describe() if hasattr(self.train_dataset, "describe") else None,
         }
@@ -267,7 +269,12 @@ class Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
-        state = {"iter_num": self.iter_num, "data_seed": self._data_seed, "optimizer": skeleton}
+        state = {
+            "iter_num": self.iter_num,
+            "seconds": self.seconds,
+            "data_seed": self._data_seed,
+            "optimizer": skeleton,
+        }
         checkpoint.save_checkpoint(self.config.checkpoint_path, tensors, self.describe() | {"state": state})
 
     def _resume(self, path: str | Path) -> None:
@@ -281,7 +288,7 @@ class Trainer:
             with torch.no_grad():
                 tensor.copy_(saved)
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
-        self.iter_num, self._data_seed = state["iter_num"], state["data_seed"]
+        self.iter_num, self.seconds, self._data_seed = state["iter_num"], state["seconds"], state["data_seed"]
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])

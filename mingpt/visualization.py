@@ -24,13 +24,11 @@ from mingpt.evaluation import AccuracyMatrix, Score
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
 MAX_ANNOTATED_PANELS = 8
 """The most attention maps in one figure whose values are printed."""
 
-_COLORMAP = "YlGnBu"  # its lowest colour is not white, which stands for "no cell"
 _DARK, _ACCENT, _PALE = "#0173B2", "#D55E00", "#B8B8B8"  # blue, vermilion and grey, apart for every kind of eye
 
 
@@ -56,7 +54,8 @@ def attention_visualization(
         length: L.
         title: above the figure.
         ignore_and_rescale_prefix: leave the prefix positions out, and rescale the rest of each row to sum to 1.
-        annot: print the values from 0.005 up, as long as there are at most ``MAX_ANNOTATED_PANELS`` maps.
+        annot: print the values from 0.005 up, where there are at most ``MAX_ANNOTATED_PANELS`` maps and their cells
+            are large enough.
 
     Raises:
         ValueError: if the record has no attention or that of several rows, or a shape does not fit the sizes.
@@ -68,34 +67,32 @@ def attention_visualization(
         prefix_size = 0
     n_layers, n_heads, n_tokens = len(layers), len(layers[0]), len(tokens)
     is_small = n_layers * n_heads <= MAX_ANNOTATED_PANELS
-    panel = min(max(2.4, 0.16 * n_tokens), 8.0) if is_small else 2.0  # inches
+    panel = min(max(2.4, 0.16 * n_tokens), 8.0) if is_small else min(max(2.2, 0.085 * n_tokens), 3.0)  # inches
     cell = 72 * panel / n_tokens  # points
-    figure = _new_figure(n_heads * panel + 1.3, n_layers * panel + 0.8)
+    figure = _new_figure(n_heads * panel + 1.3, n_layers * panel + 0.8, title)
     grid = figure.subplots(n_layers, n_heads, squeeze=False)
     is_later = np.triu(np.ones((n_tokens, n_tokens), dtype=bool), k=1)
-    mesh = None
     for layer, heads in enumerate(layers):
         for head, weights in enumerate(heads):
             ax = grid[layer, head]
-            texts = None
-            if annot and is_small and cell >= 9:
-                texts = np.where(is_later | (weights < 0.005), "", np.char.lstrip(np.char.mod("%.2f", weights), "0"))
-            mesh = _heatmap(ax, np.ma.array(weights, mask=is_later), 1.0, texts, min(8.0, 0.44 * cell))
+            is_blank = is_later | (weights < 0.005) | (not annot or not is_small or cell < 9)
+            texts = np.where(is_blank, "", np.char.lstrip(np.char.mod("%.2f", weights), "0"))
+            _heatmap(ax, np.ma.array(weights, mask=is_later), 1.0, texts, "YlGnBu", min(8.0, 0.44 * cell))
             for edge in {prefix_size, prefix_size + length} - {0, n_tokens}:
                 ax.plot([0, edge, edge], [edge, edge, n_tokens], color="0.35", linewidth=0.6)
-            # The triangle of later tokens is empty: room for the title.
-            ax.set_title(f"L{layer + 1} H{head + 1}", loc="right", y=1.0, pad=-9, fontsize=7)
+            # The triangle of later tokens is empty: room for the title, unless it is tiny.
+            ax.set_title(f"L{layer + 1} H{head + 1}", loc="right", y=1.0, pad=-9 if n_tokens > 4 else 3, fontsize=8)
     edges = [0, prefix_size, prefix_size + length, n_tokens]
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
-    for axis in (*(ax.xaxis for ax in grid[-1]), *(ax.yaxis for ax in grid[:, 0])):
-        _label_tokens(axis, tokens, edges, cell)
-    figure.supxlabel("attended token", fontsize=9)
-    figure.supylabel("attending token", fontsize=9)
-    bar_height = min(1.0, 2.5 / (n_layers * panel))
-    assert mesh is not None
-    _add_colorbar(figure, mesh, grid, "attention, rescaled" if ignore_and_rescale_prefix else "attention", bar_height)
-    _add_title(figure, title)
+    for ax in grid[-1]:
+        _label_tokens(ax.xaxis, tokens, edges, cell)
+    for ax in grid[:, 0]:
+        _label_tokens(ax.yaxis, tokens, edges, cell, rotation=90, va="center")
+    figure.supxlabel("attended token", fontsize=max(9, 0.65 * figure.get_figwidth()))
+    figure.supylabel("attending token", fontsize=max(9, 0.65 * figure.get_figwidth()))
+    label = "attention, rescaled" if ignore_and_rescale_prefix else "attention"
+    _add_colorbar(figure, grid, label, shrink=min(1.0, 2.5 / (n_layers * panel)))
     return figure
 
 
@@ -136,20 +133,18 @@ def _without_prefix(attention: np.ndarray, prefix_size: int) -> np.ndarray:
     return np.divide(content, sums, out=np.zeros_like(content), where=sums > 0)
 
 
-def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell: float) -> None:
+def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell: float, **group_style: Any) -> None:
     """Name the content tokens along an axis, and next to them the groups prefix, input and output between edges."""
-    step = math.ceil(5 / cell)  # long rows have a label at every step-th token
-    fontsize = min(8.0, 0.8 * cell * step)
+    per_cell = cell * min(0.72, 1.4 / max(map(len, tokens)))  # points of the largest text that fits into a cell
+    step = math.ceil(3.4 / per_cell)  # long rows have a label at every step-th token
+    fontsize = min(8.0, step * per_cell)
     places = range(edges[1], len(tokens), step)
     spans = zip(("prefix", "input", "output"), edges, edges[1:], strict=False)
     groups = {name: (start + end) / 2 for name, start, end in spans if end > start}
     axis.remove_overlapping_locs = False  # a group's middle may be a token's place
     axis.set_ticks([place + 0.5 for place in places], [tokens[place] for place in places], fontsize=fontsize)
-    axis.set_ticks(list(groups.values()), list(groups), minor=True, fontsize=7)
+    axis.set_ticks(list(groups.values()), list(groups), minor=True, fontsize=8, **group_style)
     axis.set_tick_params(which="minor", pad=4 + 1.4 * fontsize)
-    if axis.axis_name == "y":
-        for label in axis.get_ticklabels(minor=True):
-            label.set(rotation=90, va="center")
 
 
 # ----------------------------------------------------------------------------------------------- accuracies
@@ -165,12 +160,12 @@ def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "") -> Figure:
     Raises:
         ValueError: if the matrix is empty or its rows have not one score for each task.
     """
+    from matplotlib.patches import Rectangle
+
     shape = (len(matrix.prefixes), len(matrix.tasks))
     if 0 in shape or [len(row) for row in matrix.scores] != [shape[1]] * shape[0]:
         raise ValueError(f"the matrix must have scores for {shape[0]} prefixes by {shape[1]} tasks, at least one each")
     figure, ax = _percent_heatmap(matrix.prefixes, matrix.tasks, matrix.accuracies, title)
-    from matplotlib.patches import Rectangle
-
     for row, prefix in enumerate(matrix.prefixes):
         for column, task in enumerate(matrix.tasks):
             if prefix == task:
@@ -227,13 +222,12 @@ def prefix_effect_figure(
     if missing or not tasks:
         raise ValueError(f"groups must name tasks that have a score with and without prefix; without one: {missing}")
     ticks: list[tuple[float, str, bool]] = []  # place, label, is a group's name
-    places: list[float] = []
     for group, members in groups.items():
         start = ticks[-1][0] + 1.3 if ticks else 0.0
         ticks.append((start, group, True))
         ticks += [(start + offset, task, False) for offset, task in enumerate(members, start=1)]
-        places += [start + offset for offset in range(1, len(members) + 1)]
-    figure = _new_figure(6.6, 0.3 * ticks[-1][0] + 1.5)
+    places = np.array([place for place, _, is_group in ticks if not is_group])
+    figure = _new_figure(6.6, 0.3 * ticks[-1][0] + 1.5, title)
     ax = figure.subplots()
     for label, scores, offset, color in (
         ("with its prefix", with_prefix, -0.2, _DARK),
@@ -242,25 +236,20 @@ def prefix_effect_figure(
         percent = 100 * np.array([(scores[task].accuracy, *scores[task].interval) for task in tasks])
         accuracy, low, high = percent.T
         errors = np.maximum(0, [accuracy - low, high - accuracy])
-        rows = np.array(places) + offset
         error_style = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, "ecolor": "0.15"}
-        ax.barh(rows, accuracy, height=0.4, color=color, label=label, xerr=errors, error_kw=error_style)
-        for row, value, end in zip(rows, accuracy, high, strict=True):
+        ax.barh(places + offset, accuracy, height=0.4, color=color, label=label, xerr=errors, error_kw=error_style)
+        for row, value, end in zip(places + offset, accuracy, high, strict=True):
             ax.text(end + 1.2, row, _percent(value / 100), va="center", fontsize=6.5)
     ax.set_yticks([place for place, _, _ in ticks], [label for _, label, _ in ticks], fontsize=8)
     for label, (_, _, is_group) in zip(ax.get_yticklabels(), ticks, strict=True):
         label.set_fontweight("bold" if is_group else "normal")
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(ticks[-1][0] + 0.7, -0.6)
-    ax.set_xlim(0, 110)
-    ax.set_xticks(range(0, 101, 20))
+    ax.set(xlim=(0, 110), ylim=(ticks[-1][0] + 0.7, -0.6), xticks=range(0, 101, 20), axisbelow=True)
     ax.set_xlabel("accuracy in percent, with its 95% interval", fontsize=8)
     ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    _add_title(figure, title)
     return figure
 
 
@@ -274,7 +263,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         ValueError: if a line is not a JSON object, with the file's name and the line's number.
     """
     lines = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=0):
         if not line.strip():
             continue
         try:
@@ -301,14 +290,14 @@ def learning_curves(
         ValueError: if there are no curves, a line lacks "iter" or "loss", or the floor is not positive.
     """
     import seaborn as sns
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     bad = [name for name, lines in curves.items() if not lines or any(not {"iter", "loss"} <= set(x) for x in lines)]
     if bad or not curves:
         raise ValueError(f"curves must have lines with 'iter' and 'loss'; without them: {bad or 'there are no curves'}")
     if floor is not None and not floor > 0:
         raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
-    figure = _new_figure(6.4, 3.8)
+    figure = _new_figure(6.4, 3.8, title)
     ax = figure.subplots()
     colors = sns.color_palette("colorblind", 8)
     for number, (name, lines) in enumerate(curves.items()):
@@ -317,24 +306,21 @@ def learning_curves(
         ax.plot(iters, losses, style, color=colors[number % len(colors)], linewidth=1.3, label=name)
     if floor is not None:
         ax.axhline(floor, color="0.35", linestyle=(0, (1, 1.5)), linewidth=1.2, label=f"best possible, {floor:.3g}")
-    ax.set_yscale("log")
+    ax.set(yscale="log", xlabel="iteration", ylabel="loss (nats a token)")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("iteration")
-    ax.set_ylabel("loss (nats a token)")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     ax.grid(color="0.92", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    _add_title(figure, title)
     return figure
 
 
 # --------------------------------------------------------------------------------------------- shared parts
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches.
+def _new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure of this size in inches with nothing but a title.
 
     In IPython pyplot makes it, so that a notebook shows it wherever in a cell it is drawn. Elsewhere pyplot does not
     know about it: no window opens and nothing has to be closed.
@@ -342,51 +328,60 @@ def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained"}
-    if not hasattr(builtins, "__IPYTHON__"):
-        return Figure(**size)
-    import matplotlib.pyplot as plt
+    if hasattr(builtins, "__IPYTHON__"):
+        import matplotlib.pyplot as plt
 
-    figure = plt.figure(**size)
-    setattr(figure, "_ipython_display_", partial(_display, figure))  # noqa: B010 (IPython's hook, not matplotlib's)
+        figure = plt.figure(**size)
+        if "inline" in plt.get_backend():
+            setattr(figure, "_ipython_display_", partial(_take_from_pyplot, figure))  # noqa: B010 (IPython's hook)
+    else:
+        figure = Figure(**size)
+    if title:
+        figure.suptitle(title, fontsize=max(11, 0.8 * width))
     return figure
 
 
-def _display(figure: Figure) -> None:
-    """Show the figure as a cell's value: not at all while pyplot still has it, because it will show it then."""
+def _take_from_pyplot(figure: Figure) -> None:
+    """Called when a notebook is about to show the figure: pyplot, which would show it again, must let go of it."""
     import matplotlib.pyplot as plt
+    from IPython.display import display  # present, since IPython is the caller
 
-    if all(plt.figure(number) is not figure for number in plt.get_fignums()):
-        raise NotImplementedError  # how IPython is told to show it as any other figure
+    waiting = [plt.figure(number) for number in plt.get_fignums()]
+    if figure in waiting:
+        plt.close(figure)
+        for earlier in waiting[: waiting.index(figure)]:  # shown first, in the order in which they were drawn
+            plt.close(earlier)
+            display(earlier)
+    raise NotImplementedError  # how IPython is told to show it as it shows any figure
 
 
 def _heatmap(
-    ax: Axes, values: np.ndarray, highest: float, texts: np.ndarray | None = None, fontsize: float = 7.0, **style: Any
-) -> QuadMesh:
+    ax: Axes, values: np.ndarray, highest: float, texts: np.ndarray, cmap: str, fontsize: float, **style: Any
+) -> None:
     """Draw (rows, columns) of values from 0 to ``highest`` as cells, the first row on top, with texts in them."""
     # Not seaborn's heatmap, which draws the whole figure again for every panel.
-    mesh = ax.pcolormesh(values, cmap=_COLORMAP, vmin=0, vmax=highest, rasterized=True, **style)
+    ax.pcolormesh(values, cmap=cmap, vmin=0, vmax=highest, rasterized=True, **style)
     ax.set_ylim(len(values), 0)
     ax.spines[:].set_visible(False)
     ax.tick_params(which="both", length=0)
-    for row, column in np.argwhere(texts != "") if texts is not None else ():
-        color = "white" if values[row, column] > 0.55 * highest else "black"
+    for row, column in np.argwhere(texts != ""):
+        color = "white" if values[row, column] > 0.67 * highest else "black"
         place = (column + 0.5, row + 0.5)
         ax.text(*place, str(texts[row, column]), ha="center", va="center", fontsize=fontsize, color=color)
-    return mesh
 
 
 def _percent_heatmap(
     rows: Sequence[str], columns: Sequence[str], accuracies: np.ndarray, title: str
 ) -> tuple[Figure, Axes]:
     """A figure of accuracies, 0 to 1, as annotated percentages on a scale from 0 to 100."""
-    figure = _new_figure(0.42 * len(columns) + 3.2, 0.26 * len(rows) + 2.2)
+    width, height = 0.42 * len(columns) + 0.075 * max(map(len, rows)), 0.26 * len(rows) + 0.05 * max(map(len, columns))
+    figure = _new_figure(max(width + 1.2, 5.0), height + 1.4, title)
     ax = figure.subplots()
     texts = np.array([[_percent(accuracy) for accuracy in row] for row in accuracies])
-    mesh = _heatmap(ax, 100 * accuracies, 100, texts, edgecolor="white", linewidth=0.5)
+    _heatmap(ax, 100 * accuracies, 100, texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=8)
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
-    _add_colorbar(figure, mesh, ax, "accuracy in percent", 1.0)
-    _add_title(figure, title)
+    _add_colorbar(figure, np.array([[ax]]), "accuracy in percent", shrink=1.0)
     return figure, ax
 
 
@@ -395,13 +390,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}" if share in (0, 1) else f"{100 * share:.1f}"
 
 
-def _add_colorbar(figure: Figure, mesh: QuadMesh, axes: Any, label: str, shrink: float) -> None:
-    bar = figure.colorbar(mesh, ax=axes, shrink=shrink, aspect=30 * shrink, anchor=(0, 1), pad=0.015)
+def _add_colorbar(figure: Figure, grid: np.ndarray, label: str, shrink: float) -> None:
+    """Explain the colours of a grid of heatmaps, all on one scale, at its right."""
+    pad = 0.15 / figure.get_figwidth()
+    bar = figure.colorbar(grid[0, 0].collections[0], ax=grid, shrink=shrink, aspect=20, anchor=(0, 1), pad=pad)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     bar.ax.tick_params(labelsize=7, length=2)
     bar.set_label(label, fontsize=8)
-
-
-def _add_title(figure: Figure, title: str) -> None:
-    if title:
-        figure.suptitle(title, fontsize=11)

@@ -1,0 +1,259 @@
+"""The command line, ``mingpt ...``: each command is a few calls into the package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT_FOLDER = "checkpoints/laptop"
+
+
+def main() -> None:
+    """Run the command line: a mistake gives one line and exit code 2, an interruption 130."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        click.echo(f"error: {error.format_message()}{hint}", err=True)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command goes on where it was", err=True)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+    sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mingpt-prefix-tuning", prog_name="mingpt")
+def cli() -> None:
+    """What can a prefix teach a frozen transformer?
+
+    \b
+    mingpt reproduce                      the whole experiment, in minutes
+    mingpt prefix SortAscending+Add1      learn one more prefix
+    mingpt generate --task Add1 "1 2 3 4 5 6 7 8 9 10"
+    """
+
+
+def _run_options(command: Any) -> Any:
+    """The options of the commands that work in a run's folder."""
+    for option in (
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a setting, such as trainer.max_iters=2000; may be repeated. 'mingpt config' lists them.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="For the data and the initial weights."),
+        click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder. [runs/PRESET]"),
+        click.option("--preset", default="laptop", show_default=True, help="smoke, laptop or seed."),
+    ):
+        command = option(command)
+    return command
+
+
+def _config(preset: str, seed: int, overrides: tuple[str, ...]) -> Any:
+    from mingpt.experiment import get_default_config
+
+    config = get_default_config(preset)
+    config.merge_from_args([f"--seed={seed}", *(f"--{override}" for override in overrides)])
+    return config
+
+
+_from_option = click.option(
+    "--from",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=DEFAULT_FOLDER,
+    show_default=True,
+    help="A run's folder, with model.safetensors and prefixes.safetensors.",
+)
+
+
+@cli.command()
+@_run_options
+def reproduce(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...]) -> None:
+    """Pretrain a model, learn sixteen prefixes, evaluate them all.
+
+    Prints the table beside the published figures; the folder gets the checkpoints, results.json and figures. The same
+    command again goes on where it was, or says that it is done.
+    """
+    from mingpt import experiment
+
+    out = out or Path("runs") / preset
+    results = experiment.reproduce(_config(preset, seed, overrides), out)
+    click.echo(experiment.format_table(results))
+    click.echo(f"figures and checkpoints are in {out}")
+
+
+@cli.command()
+@_run_options
+def pretrain(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...]) -> None:
+    """Only pretrain the model, the first stage of 'reproduce'."""
+    from mingpt import experiment
+
+    out = out or Path("runs") / preset
+    config = _config(preset, seed, overrides)
+    experiment.claim(config, out)
+    experiment.pretrain(config, out)
+    click.echo(f"the model is {out / 'model.safetensors'}")
+
+
+@cli.command()
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK...")
+@_run_options
+@click.option("--name", default=None, help="The file's name in the run's folder. [the tasks' names]")
+def prefix(
+    tasks: tuple[str, ...], preset: str, out: Path | None, seed: int, overrides: tuple[str, ...], name: str | None
+) -> None:
+    """Learn a prefix for each TASK and evaluate it.
+
+    A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
+    """
+    from mingpt import experiment
+    from mingpt.evaluation import evaluate
+    from mingpt.tasks import Task
+
+    parsed = [Task.parse(task) for task in tasks]
+    out = out or Path("runs") / preset
+    config = _config(preset, seed, overrides)
+    experiment.claim(config, out)
+    model = experiment.pretrain(config, out)
+    file = name or "prefix_" + "_".join(map(str, parsed))
+    prefixes, seconds = experiment.train_prefixes(config, model, parsed, out, file)
+    for task in parsed:
+        score = evaluate(
+            model, experiment.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows
+        )
+        click.echo(f"{task!s:24} {_percent(score)}")
+    click.echo(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
+
+
+@cli.command("eval")
+@click.argument("tasks", nargs=-1, metavar="[TASK]...")
+@_from_option
+@click.option("--without-prefix", is_flag=True, help="The model alone.")
+@click.option("--rows", default=3200, show_default=True, type=click.IntRange(min=1), help="Test rows for each task.")
+def evaluate_command(tasks: tuple[str, ...], folder: Path, without_prefix: bool, rows: int) -> None:
+    """Evaluate each TASK, or every one that has a prefix."""
+    from mingpt.datasets import CustomDataset
+    from mingpt.evaluation import evaluate
+    from mingpt.tasks import Task
+
+    model, prefixes, description = _load(folder)
+    for task in [Task.parse(task) for task in tasks or prefixes]:
+        chosen = None if without_prefix else _prefix_of(prefixes, str(task), folder)
+        data = CustomDataset.from_description(description["data"], split="test", tasks=[task])
+        click.echo(f"{task!s:24} {_percent(evaluate(model, data, chosen, rows))}")
+
+
+@cli.command()
+@click.argument("row")
+@click.option("--task", default=None, metavar="TASK", help="Whose prefix to use; without it the model is alone.")
+@_from_option
+@click.option("--sample", is_flag=True, help="Draw each token instead of taking the likeliest.")
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--top-k", default=None, type=click.IntRange(min=1), help="Draw from the K likeliest tokens only.")
+@click.option("--seed", default=0, show_default=True, help="For drawing.")
+def generate(
+    row: str, task: str | None, folder: Path, sample: bool, temperature: float, top_k: int | None, seed: int
+) -> None:
+    """Answer one input ROW, such as "6 2 7 6 7 5 3 6 6 10"."""
+    import torch
+
+    from mingpt.tasks import Task
+
+    model, prefixes, description = _load(folder)
+    length, padding = description["data"]["length"], description["data"]["prefix_padding"]
+    try:
+        values = [int(word) for word in row.replace(",", " ").split()]
+    except ValueError:
+        raise click.UsageError(f"the row must be integers with spaces between them, got {row!r}") from None
+    vocabulary = model.config.vocab_size
+    if len(values) != length or not all(0 <= value < vocabulary for value in values):
+        raise click.UsageError(f"the model reads rows of {length} integers from 0 to {vocabulary - 1}, got {row!r}")
+    chosen = None if task is None else _prefix_of(prefixes, str(Task.parse(task)), folder)
+    tokens = model.generate(
+        torch.tensor([[0] * padding + values]),
+        length,
+        temperature=temperature,
+        do_sample=sample,
+        top_k=top_k,
+        prefixes=chosen,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    click.echo(" ".join(map(str, tokens[0, -length:].tolist())))
+
+
+@cli.command("tasks")
+def list_tasks() -> None:
+    """List the tasks, each with a sample row."""
+    from mingpt.datasets import CustomDataset
+    from mingpt.tasks import SIMPLE_TASKS
+
+    for task in SIMPLE_TASKS:
+        inputs, solutions = CustomDataset("train", [task]).rows([0])
+        meaning = (type(task).__doc__ or "").splitlines()[0]
+        click.echo(f"{task!s:20} {meaning}")
+        click.echo(f"{'':20} {_row(inputs[0])}  ->  {_row(solutions[0])}")
+    click.echo('\nTasks compose: "SortAscending+Add1" sorts, then adds.')
+
+
+@cli.command("config")
+@_run_options
+def show_config(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...]) -> None:
+    """Print a run's settings, as --set changes them."""
+    click.echo(str(_config(preset, seed, overrides)), nl=False)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def inspect(file: Path) -> None:
+    """Print what a checkpoint FILE says of itself, and its tensors."""
+    from mingpt.checkpoint import load_checkpoint
+
+    tensors, description = load_checkpoint(file)
+    description.pop("state", None)  # a trainer's bookkeeping
+    click.echo(json.dumps(description, indent=2))
+    for name, tensor in tensors.items():
+        click.echo(f"{name:48} {str(tensor.dtype).removeprefix('torch.'):10} {tuple(tensor.shape)}")
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    from mingpt import store
+
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise click.UsageError(f"no model in {folder}; run 'mingpt reproduce' and give --from runs/laptop")
+    model, description = store.load_model(path)
+    file = folder / "prefixes.safetensors"
+    prefixes = store.load_prefixes(file, model)[0] if file.exists() else {}
+    return model, prefixes, description
+
+
+def _prefix_of(prefixes: dict[str, Any], task: str, folder: Path) -> Any:
+    if task not in prefixes:
+        raise click.UsageError(f"no prefix for {task} in {folder}; there is one for {', '.join(prefixes) or 'none'}")
+    return prefixes[task]
+
+
+def _percent(score: Any) -> str:
+    low, high = score.interval
+    return (
+        f"{score.n_correct}/{score.n_rows} = {100 * score.accuracy:.2f}% "
+        f"(95% interval {100 * low:.2f} - {100 * high:.2f})"
+    )
+
+
+def _row(values: Any) -> str:
+    return " ".join(f"{value:>2}" for value in values)

@@ -1,0 +1,439 @@
+"""The flagship experiment as one resumable run: pretrain a model, learn a prefix for each task, evaluate them all.
+
+A run is a folder. Each stage leaves a file there when it is done and is skipped from then on; a stage that was cut off
+goes on from its last checkpoint.
+
+    config.json                               what the run is
+    pretraining/, prefixes/                   each: metrics.jsonl, and state.safetensors to resume from
+    model.safetensors, prefixes.safetensors   the checkpoints
+    results.json, figures/*.png               the outcome
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mingpt import store
+from mingpt.checkpoint import write_atomic
+from mingpt.datasets import CustomDataset
+from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, best_loss, evaluate
+from mingpt.model import GPT, Record
+from mingpt.prefix import initial_prefix
+from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
+from mingpt.trainer import WATCHING, PrefixTrainer, Trainer
+from mingpt.utils import CfgNode, nearest, set_seed
+
+logger = logging.getLogger("mingpt")
+
+GROUPS = {
+    "pretrained": tuple(str(task) for task in PRETRAINING_TASKS),
+    "new task": tuple(str(task) for task in TEST_TASKS if len(task.tasks) == 1),
+    "composition": tuple(str(task) for task in TEST_TASKS if len(task.tasks) > 1),
+}
+"""The sixteen tasks by what the model knows of them before a prefix is learned."""
+
+MIXED = "all seven mixed"
+
+PUBLISHED = {
+    "without": {
+        MIXED: 37.56,
+        "SortAscending": 10.69,
+        "SortDescending": 20.81,
+        "Add1": 24.97,
+        "Modulo": 73.75,
+        "LessThan": 4.59,
+        "Divisible": 25.53,
+        "InverseBinary": 100.0,
+    },
+    "with": {
+        "SortAscending": 99.94,
+        "SortDescending": 99.88,
+        "Add1": 100.0,
+        "Modulo": 100.0,
+        "LessThan": 100.0,
+        "Divisible": 100.0,
+        "InverseBinary": 100.0,
+    },
+}
+"""Percent of 3200 rows solved, as published with the seed notebook; its other nine prefixes were never obtained."""
+
+PRESETS = {
+    "smoke": {
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "trainer": {"max_iters": 30, "batch_size": 56, "warmup_iters": 5},
+        "prefix": {"max_iters": 10, "batch_size": 4},
+        "evaluation": {"n_rows": 100},
+    },
+    "laptop": {
+        "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
+        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 100},
+        "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 100},
+        "evaluation": {"n_rows": 3200},
+    },
+    "seed": {
+        "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
+        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 50},
+        "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 50},
+        "evaluation": {"n_rows": 3200},
+    },
+}
+"""``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
+
+
+def get_default_config(preset: str = "laptop") -> CfgNode:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; choose one of {', '.join(PRESETS)}")
+    trainer = Trainer.get_default_config()
+    trainer.merge_from_dict({"optimizer": "muon", "learning_rate": 1e-3, "lr_schedule": "linear"})
+    prefix = Trainer.get_default_config()
+    prefix.merge_from_dict({"learning_rate": 0.02, "lr_schedule": "linear", "decay_fraction": 1.0, "warmup_iters": 10})
+    config = CfgNode(
+        preset=preset,
+        seed=0,
+        data=CfgNode(length=10, num_digits=10, prefix_size=10).close(),
+        model=CfgNode(n_layer=4, n_head=4, n_embd=256, dropout=0.0, skip_layer_norm=False).close(),
+        trainer=trainer,
+        prefix=prefix,
+        evaluation=CfgNode(n_rows=3200, precision="auto").close(),
+    ).close()
+    for group, values in PRESETS[preset].items():
+        for key, value in values.items():
+            config.override(f"{group}.{key}", value)
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset:
+    """The run's examples of some tasks."""
+    data = config.data
+    return CustomDataset(
+        split, list(tasks), data.length, data.num_digits, prefix_padding=data.prefix_size, seed=config.seed
+    )
+
+
+def build_model(config: CfgNode) -> GPT:
+    """A fresh model for the run, which has a token for everything that any of the sixteen tasks can produce."""
+    everything = dataset(config, "train", [*PRETRAINING_TASKS, *TEST_TASKS])
+    model_config = GPT.get_default_config()
+    model_config.merge_from_dict(
+        {
+            "model_type": None,
+            "n_layer": config.model.n_layer,
+            "n_head": config.model.n_head,
+            "n_embd": config.model.n_embd,
+            "vocab_size": everything.get_vocab_size(),
+            "block_size": everything.get_block_size(),
+            "skip_layer_norm": config.model.skip_layer_norm,
+            **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
+        }
+    )
+    return GPT(model_config)
+
+
+def pretrain(config: CfgNode, folder: str | Path) -> GPT:
+    """Train the model on the seven tasks mixed, or read it where that is done; returns it in evaluation mode.
+
+    Args:
+        config: see ``get_default_config``.
+        folder: of the run.
+    """
+    folder = Path(folder)
+    path = folder / "model.safetensors"
+    data = dataset(config, "train", PRETRAINING_TASKS)
+    if path.exists():
+        model, description = store.load_model(path, _device(config.trainer))
+        logger.info("the model is in %s, pretrained in %.0f s", path, description["metrics"]["seconds"])
+        return model
+    set_seed(config.seed)
+    model = build_model(config)
+    trainer = Trainer(_trainer_config(config.trainer, folder / "pretraining"), model, data)
+    logger.info(
+        "pretraining %.2fM parameters on %d tasks: %d iterations of %d rows on %s in %s",
+        model.n_parameters / 1e6,
+        len(data.tasks),
+        config.trainer.max_iters,
+        config.trainer.batch_size,
+        trainer.device,
+        trainer.precision,
+    )
+    trainer.run()
+    store.save_model(
+        path,
+        model.eval(),
+        data=data.describe(),
+        recipe=_recipe(config.trainer),
+        metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds},
+    )
+    return model
+
+
+def train_prefixes(
+    config: CfgNode, model: GPT, tasks: Sequence[Task], folder: str | Path, file: str = "prefixes"
+) -> tuple[dict[str, Tensor], float]:
+    """Learn a prefix for each task, all at once, or read them where that is done.
+
+    Args:
+        config: see ``get_default_config``.
+        model: stays as it is.
+        tasks: any, also ones it was not pretrained on.
+        folder: of the run.
+        file: the name, in it, of the stage's folder and of the file of prefixes.
+
+    Returns:
+        The prefixes by task name, (L, P, C) each, and how many seconds the training took.
+    """
+    folder = Path(folder)
+    path = folder / f"{file}.safetensors"
+    if path.exists():
+        prefixes, description = store.load_prefixes(path, model)
+        seconds = description["metrics"]["seconds"]
+        logger.info("%d prefixes are in %s, trained in %.0f s", len(prefixes), path, seconds)
+        return prefixes, seconds
+    set_seed(config.seed + 1)
+    start = initial_prefix(model, config.data.prefix_size).detach()
+    values = start.repeat(len(tasks), 1, 1, 1).requires_grad_()
+    data = [dataset(config, "train", [task]) for task in tasks]
+    trainer = PrefixTrainer(_trainer_config(config.prefix, folder / file), model, data, values)
+    logger.info(
+        "learning %d prefixes at once: %d iterations of %d rows each",
+        len(tasks),
+        config.prefix.max_iters,
+        config.prefix.batch_size,
+    )
+    trainer.run()
+    prefixes = {str(task): value for task, value in zip(tasks, values.detach().clone(), strict=True)}
+    store.save_prefixes(
+        path,
+        prefixes,
+        model,
+        data=[each.describe() for each in data],
+        recipe=_recipe(config.prefix),
+        metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds},
+    )
+    return prefixes, trainer.seconds
+
+
+def evaluate_run(
+    config: CfgNode, model: GPT, prefixes: Mapping[str, Tensor], tasks: Sequence[Task]
+) -> tuple[Score, AccuracyMatrix]:
+    """Score the model without a prefix on the pretraining tasks mixed, and every prefix, and none, on every task."""
+    options = {"n_rows": config.evaluation.n_rows, "precision": config.evaluation.precision}
+    mixed = evaluate(model, dataset(config, "test", PRETRAINING_TASKS), **options)
+    from tqdm import tqdm
+
+    with tqdm(total=len(prefixes) + 1, disable=None, unit="prefix") as bar:
+        matrix = accuracy_matrix(
+            model,
+            {"none": None, **prefixes},
+            [dataset(config, "test", [task]) for task in tasks],
+            on_prefix=lambda _: bar.update(),
+            **options,
+        )
+    return mixed, matrix
+
+
+def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
+    """Run the experiment in a folder, or what is left of it, and return its results.
+
+    Args:
+        config: see ``get_default_config``.
+        folder: empty or new, or of the same run.
+
+    Returns:
+        What ``results.json`` holds: config, seconds, best_loss (see ``evaluation.best_loss``), mixed (the score without
+        a prefix on the seven tasks mixed), tasks (for each of the sixteen its group, and its scores with and without
+        its prefix), and the matrix.
+
+    Raises:
+        ValueError: if the folder holds a run of another configuration.
+    """
+    folder = Path(folder)
+    claim(config, folder)
+    if (folder / "results.json").exists():
+        logger.info("%s is done", folder)
+        return json.loads((folder / "results.json").read_text())
+    tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
+    model = pretrain(config, folder)
+    prefixes, prefix_seconds = train_prefixes(config, model, tasks, folder)
+    logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
+    start = time.perf_counter()
+    mixed, matrix = evaluate_run(config, model, prefixes, tasks)
+    evaluation_seconds = time.perf_counter() - start
+    _, model_description = store.load_model(folder / "model.safetensors")
+    results = {
+        "config": config.to_dict(),
+        "seconds": {
+            "pretraining": model_description["metrics"]["seconds"],
+            "prefixes": prefix_seconds,
+            "evaluation": evaluation_seconds,
+        },
+        "best_loss": best_loss(dataset(config, "test", PRETRAINING_TASKS)),
+        "mixed": mixed.to_dict(),
+        "tasks": {
+            name: {
+                "group": group,
+                "without": matrix["none", name].to_dict(),
+                "with": matrix[name, name].to_dict(),
+            }
+            for group, names in GROUPS.items()
+            for name in names
+        },
+        "matrix": matrix.to_dict(),
+    }
+    draw_figures(folder, model, prefixes, results, matrix)
+    write_atomic(folder / "results.json", json.dumps(results, indent=1).encode())
+    return results
+
+
+def draw_figures(
+    folder: str | Path, model: GPT, prefixes: Mapping[str, Tensor], results: Mapping[str, Any], matrix: AccuracyMatrix
+) -> None:
+    """Draw what a run found into ``figures/`` of its folder.
+
+    Args:
+        folder: of the run.
+        model: for the attention maps.
+        prefixes: by task name.
+        results: see ``reproduce``.
+        matrix: the score of every prefix on every task.
+    """
+    from mingpt import visualization as draw
+
+    folder = Path(folder)
+    config = results["config"]
+    n_rows = results["mixed"]["n_rows"]
+    with_prefix = {task: matrix[task, task] for task in matrix.tasks}
+    without = {task: matrix["none", task] for task in matrix.tasks}
+    figures = {
+        "matrix": draw.accuracy_matrix_figure(matrix, title="Every prefix on every task"),
+        "prefix_effect": draw.prefix_effect_figure(with_prefix, without, GROUPS, title="What a prefix adds"),
+        "positions": draw.position_accuracy_figure(with_prefix, title=f"Where the outputs are right ({n_rows} rows)"),
+        "pretraining": draw.learning_curves(
+            {"pretraining": draw.read_metrics(folder / "pretraining" / "metrics.jsonl")},
+            title="Pretraining on seven tasks mixed",
+            floor=results["best_loss"],
+        ),
+    }
+    # What the model looks at while it sorts, without a prefix and with one.
+    length, prefix_size = config["data"]["length"], config["data"]["prefix_size"]
+    inputs, _ = CustomDataset("test", [PRETRAINING_TASKS[0]], length, config["data"]["num_digits"]).rows([0])
+    prompt = torch.cat([torch.zeros(1, prefix_size, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
+    for name in (None, "SortAscending"):
+        record: Record = []
+        prefix = None if name is None else prefixes[name]
+        sample = model.generate(prompt.to(model.device), length, prefixes=prefix, activations_record=record)
+        figures[f"attention_{name or 'none'}"] = draw.attention_visualization(
+            sample[0].cpu(), record, prefix_size, length, title=f"Attention, prefix: {name or 'none'}", annot=False
+        )
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------- what is said
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """The sixteen-row table of a run beside the published figures, in percent of the rows solved exactly."""
+    n_rows = results["mixed"]["n_rows"]
+    titles = (
+        ("without prefix", 16),
+        ("(published)", 13),
+        ("with its prefix", 18),
+        ("95% interval", 18),
+        ("(published)", 13),
+    )
+    lines = [" " * 24 + "".join(f"{title:>{width}}" for title, width in titles)]
+
+    def percent(score: Mapping[str, Any]) -> str:
+        return f"{100 * score['accuracy']:.2f}"
+
+    def published(kind: str, name: str) -> str:
+        value = PUBLISHED[kind].get(name)
+        return "-" if value is None else f"({value:.2f})"
+
+    group = None
+    for name, row in results["tasks"].items():
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f"-- {group} ".ljust(len(lines[0]), "-"))
+        low, high = row["with"]["interval_95"]
+        lines.append(
+            f"{name:24}{percent(row['without']):>16}{published('without', name):>13}"
+            f"{percent(row['with']):>18}{f'{100 * low:.2f} - {100 * high:.2f}':>18}{published('with', name):>13}"
+        )
+    lines.append("-" * len(lines[0]))
+    lines.append(f"{MIXED:24}{percent(results['mixed']):>16}{published('without', MIXED):>13}")
+    seconds = results["seconds"]
+    lines.append("")
+    lines.append(f"percent of {n_rows} test rows whose every output token is right; '-' was never published")
+    lines.append(
+        ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+        + f", {sum(seconds.values()):.0f} s in all"
+    )
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------- bookkeeping
+
+
+def claim(config: CfgNode, folder: Path) -> None:
+    """Write the configuration into the folder, or check that it is the one that is there."""
+    path = folder / "config.json"
+    mine = json.loads(json.dumps(config.to_dict()))
+    if not path.exists():
+        write_atomic(path, json.dumps(mine, indent=1).encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it or choose another folder with --out") from None
+    difference = _first_difference(theirs, mine, "")
+    if difference:
+        name, old, new = difference
+        raise ValueError(
+            f"{folder} holds a run with {name} = {old!r}, this one has {new!r}; choose another folder with --out"
+        )
+
+
+def _first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (name, old, new)
+    for key in {**new, **old}:
+        if key not in WATCHING:
+            difference = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+            if difference:
+                return difference
+    return None
+
+
+def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:
+    config = config.copy()
+    config.checkpoint_path = folder / "state.safetensors"
+    config.metrics_path = folder / "metrics.jsonl"
+    return config
+
+
+def _recipe(config: CfgNode) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in WATCHING}
+
+
+def _device(config: CfgNode) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
