@@ -73,7 +73,7 @@ class CustomDataset(torch.utils.data.Dataset):
         """
         if split not in SPLITS:
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-        if isinstance(tasks, Task | str) or not all(isinstance(task, Task) for task in tasks):
+        if not isinstance(tasks, list | tuple) or not all(isinstance(task, Task) for task in tasks):
             raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], got {tasks!r}")
         if not tasks:
             raise ValueError("tasks is empty; give at least one task")
@@ -85,6 +85,7 @@ class CustomDataset(torch.utils.data.Dataset):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        length, num_digits, prefix_padding, seed, size = map(int, (length, num_digits, prefix_padding, seed, size))
         self.split, self.tasks, self.seed, self.size = split, tuple(tasks), seed, size
         self.length, self.num_digits, self.prefix_padding = length, num_digits, prefix_padding
         self._streams: list[_RowStream] = []  # the different streams of rows
@@ -93,6 +94,8 @@ class CustomDataset(torch.utils.data.Dataset):
             stream = _RowStream(split, task.input_values(num_digits), task.has_repeats, length, seed)
             if stream.values.first.low > stream.values.first.high:
                 raise ValueError(f"num_digits = {num_digits} leaves no rows for {task}; use at least 4")
+            if self.output_values(task).all.low < 0:
+                raise ValueError(f"{task} can produce {self.output_values(task).all.low}, and tokens are not negative")
             if stream not in self._streams:
                 self._streams.append(stream)
             self._stream_of_task.append(self._streams.index(stream))
@@ -233,7 +236,7 @@ class _RowStream:
     def _block(self, number: int) -> np.ndarray:
         """Block ``number``, (BLOCK_ROWS, L): made when first asked for, and kept while it is among the latest few."""
         if number not in self._blocks:
-            while len(self._blocks) >= 8:
+            while len(self._blocks) >= 16:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[number] = self._make_block(number)
         return self._blocks[number]

@@ -89,6 +89,8 @@ class Task:
         """
         is_array = isinstance(x, np.ndarray)
         rows = x if is_array else x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+        if rows.size == 0 and not hasattr(x, "dtype"):
+            rows = rows.astype(np.int64)  # an empty list has no type of its own
         if not np.issubdtype(rows.dtype, np.integer):
             raise TypeError(f"{self} works on integers, not on {rows.dtype}")
         if rows.ndim == 0 or rows.shape[-1] == 0:
@@ -168,6 +170,8 @@ class CompositeTask(Task):
         Raises:
             ValueError: if some row of the first task leads a later one to a row on which it has no meaning.
         """
+        if not tasks:
+            raise ValueError("a composition needs at least one task")
         self._tasks = tuple(simple for task in tasks for simple in task.tasks)
         # Judged for every number of digits and every length at once, so a task means the same wherever it is used.
         values = self.input_values(num_digits=UNBOUNDED)
@@ -228,6 +232,8 @@ class SortAscending(Task):
 
     def output_values(self, values, length):
         first, rest = values
+        if length == 1:
+            return values
         return Values(Interval(min(first.low, rest.low), min(first.high, rest.high)), values.all)
 
 
@@ -239,6 +245,8 @@ class SortDescending(Task):
 
     def output_values(self, values, length):
         first, rest = values
+        if length == 1:
+            return values
         return Values(Interval(max(first.low, rest.low), max(first.high, rest.high)), values.all)
 
 
@@ -332,21 +340,21 @@ class _DividesByArgument(Task):
         return _small_argument(num_digits)
 
     def output_values(self, values, length):
-        if values.first.low <= 0 <= values.first.high:
-            raise ValueError("it divides by its argument, the row's first element, and that can be 0")
+        if values.first.low <= 0:
+            raise ValueError(f"it divides by its argument, the row's first element, and that can be {values.first.low}")
         return values
 
     def is_defined(self, x):
-        return x[..., 0] != 0
+        return x[..., 0] > 0
 
     @property
     def requirement(self):
-        return "it divides by the row's first element, which must not be 0"
+        return "it divides by the row's first element, which must be positive"
 
     @staticmethod
     def _remainder(x):
         argument = x[..., :1]
-        return x % np.where(argument == 0, 1, argument)
+        return x % np.where(argument > 0, argument, 1)
 
 
 class Modulo(_DividesByArgument):
@@ -357,7 +365,8 @@ class Modulo(_DividesByArgument):
 
     def output_values(self, values, length):
         argument, rest = super().output_values(values, length)
-        return Values(Interval(0, 0), Interval(0, min(argument.high - 1, rest.high)))
+        largest = argument.high - 1
+        return Values(Interval(0, 0), Interval(0, largest if rest.low < 0 else min(largest, rest.high)))
 
 
 class Divisible(_DividesByArgument):

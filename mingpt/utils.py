@@ -119,13 +119,13 @@ class CfgNode:
         """
         node: Any = self
         *parents, leaf = key.split(".")
-        for name in [*parents, leaf]:
+        for depth, name in enumerate([*parents, leaf]):
             if not isinstance(node, CfgNode) or name not in node.to_dict():
                 known = node.to_dict() if isinstance(node, CfgNode) else {}
                 raise ValueError(
                     f"unknown configuration key {key!r}{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
                 )
-            if name is not leaf:
+            if depth < len(parents):
                 node = getattr(node, name)
         if isinstance(getattr(node, leaf), CfgNode):
             raise ValueError(
@@ -150,5 +150,5 @@ def parse_value(text: str) -> Any:
     """Read a Python literal (``3``, ``1e-3``, ``[1, 2]``, ``None``, ``True``); other text stays a string."""
     try:
         return literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

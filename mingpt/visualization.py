@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from mingpt.evaluation import AccuracyMatrix, Score
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+    from mingpt.evaluation import AccuracyMatrix, Score
 
 MAX_ANNOTATED_PANELS = 8
 """The most attention maps in one figure whose values are printed."""
@@ -135,7 +135,8 @@ def _without_prefix(attention: np.ndarray, prefix_size: int) -> np.ndarray:
 
 def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell: float, **group_style: Any) -> None:
     """Name the content tokens along an axis, and next to them the groups prefix, input and output between edges."""
-    per_cell = cell * min(0.72, 1.4 / max(map(len, tokens)))  # points of the largest text that fits into a cell
+    n_letters = max(map(len, tokens))
+    per_cell = cell * min(0.72, 1.4 / n_letters)  # points of the largest text that fits into a cell
     step = math.ceil(3.4 / per_cell)  # long rows have a label at every step-th token
     fontsize = min(8.0, step * per_cell)
     places = range(edges[1], len(tokens), step)
@@ -144,7 +145,7 @@ def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell:
     axis.remove_overlapping_locs = False  # a group's middle may be a token's place
     axis.set_ticks([place + 0.5 for place in places], [tokens[place] for place in places], fontsize=fontsize)
     axis.set_ticks(list(groups.values()), list(groups), minor=True, fontsize=8, **group_style)
-    axis.set_tick_params(which="minor", pad=4 + 1.4 * fontsize)
+    axis.set_tick_params(which="minor", pad=4 + 0.7 * max(2, n_letters) * fontsize)
 
 
 # ----------------------------------------------------------------------------------------------- accuracies
@@ -263,7 +264,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         ValueError: if a line is not a JSON object, with the file's name and the line's number.
     """
     lines = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=0):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -333,7 +334,7 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
 
         figure = plt.figure(**size)
         if "inline" in plt.get_backend():
-            setattr(figure, "_ipython_display_", partial(_take_from_pyplot, figure))  # noqa: B010 (IPython's hook)
+            setattr(figure, "_ipython_display_", partial(_show_once, figure))  # noqa: B010 (IPython's hook)
     else:
         figure = Figure(**size)
     if title:
@@ -341,18 +342,12 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _take_from_pyplot(figure: Figure) -> None:
-    """Called when a notebook is about to show the figure: pyplot, which would show it again, must let go of it."""
+def _show_once(figure: Figure) -> None:
+    """Called when the figure is a cell's value: pyplot shows it at the end of the cell in which it was drawn."""
     import matplotlib.pyplot as plt
-    from IPython.display import display  # present, since IPython is the caller
 
-    waiting = [plt.figure(number) for number in plt.get_fignums()]
-    if figure in waiting:
-        plt.close(figure)
-        for earlier in waiting[: waiting.index(figure)]:  # shown first, in the order in which they were drawn
-            plt.close(earlier)
-            display(earlier)
-    raise NotImplementedError  # how IPython is told to show it as it shows any figure
+    if figure not in map(plt.figure, plt.get_fignums()):
+        raise NotImplementedError  # how IPython is told to show it as it shows any figure
 
 
 def _heatmap(

@@ -1,0 +1,231 @@
+"""Laws: what every task must satisfy, whoever wrote it.
+
+A new task is checked in one line, ``check_task_laws(MyTask())``, or on generated rows::
+
+    @given(st.data())
+    def test_my_task(data):
+        check_task_laws(MyTask(), **data.draw(posed_rows(MyTask())))
+
+Each law is a function that raises ``AssertionError`` with what was broken; ``check_task_laws`` runs them all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
+
+# --------------------------------------------------------------------------------------------------- tasks
+
+
+def check_task_laws(
+    task: Task, rows: np.ndarray | None = None, num_digits: int = 10, length: int = 7, seed: int = 0
+) -> None:
+    """Check everything that a task, simple or composed, promises.
+
+    Args:
+        task: the task to check.
+        rows: (N, L) input rows that the task is posed on; by default some random ones are drawn.
+        num_digits: the largest digit of the rows, which ``task.input_values`` is asked with.
+        length: L of the rows that are drawn.
+        seed: of the rows that are drawn.
+
+    Raises:
+        AssertionError: if a law is broken, with which one.
+    """
+    if rows is None:
+        rows = draw_rows(task, num_digits, length, n_rows=24, seed=seed)
+    check_is_value(task)
+    check_leaves_input_alone(task, rows)
+    check_is_function_of_row(task, rows)
+    check_kinds_agree(task, rows)
+    check_is_defined_and_in_range(task, rows, num_digits)
+    check_is_its_steps(task, rows)
+    check_is_associative(task, rows)
+
+
+def check_is_value(task: Task) -> None:
+    """Equality, hash, name and repr say the same of a task."""
+    twin = copy.deepcopy(task)
+    assert task == twin, f"{task} does not equal its copy"
+    assert hash(task) == hash(twin), f"{task}: equal tasks have different hashes"
+    assert task != task + Add1Stub(), f"{task} equals something longer than itself"
+    assert task != str(task), f"{task} equals its own name"
+    assert Task.parse(str(task)) == task, f"Task.parse({str(task)!r}) is another task"
+    namespace = {type(simple).__name__: type(simple) for simple in task.tasks}
+    assert eval(repr(task), namespace) == task, f"repr {task!r} does not evaluate to the task"
+    assert all(len(simple.tasks) == 1 for simple in task.tasks), f"{task}.tasks is not flat"
+
+
+def check_is_function_of_row(task: Task, rows: np.ndarray) -> None:
+    """The solution has the input's shape, is the same every time, and each row's depends on that row only."""
+    solution = task(rows)
+    assert isinstance(solution, np.ndarray)
+    assert solution.shape == rows.shape, f"{task} turned shape {rows.shape} into {solution.shape}"
+    assert np.array_equal(task(rows), solution), f"{task} gave two answers to the same rows"
+    for i, row in enumerate(rows):
+        assert np.array_equal(task(row), solution[i]), f"{task} solves row {row} differently alone and in a batch"
+    assert np.array_equal(task(rows[::-1]), solution[::-1]), f"{task}: the order of the rows matters"
+    n, length = rows.shape
+    deep = np.stack([rows, rows[::-1], rows]).reshape(3, 1, n, length)
+    expected = np.stack([solution, solution[::-1], solution]).reshape(3, 1, n, length)
+    assert np.array_equal(task(deep), expected), f"{task}: the number of batch axes matters"
+    assert task(rows[:0]).shape == (0, length), f"{task} cannot solve no rows at all"
+
+
+def check_leaves_input_alone(task: Task, rows: np.ndarray) -> None:
+    """The input is not changed, and the solution shares no memory with it."""
+    given, as_tensor, as_list = rows.copy(), torch.from_numpy(rows.copy()), rows.tolist()
+    solution, tensor_solution = task(given), task(as_tensor)
+    task(as_list)
+    assert np.array_equal(given, rows), f"{task} changed its input"
+    assert np.array_equal(as_tensor.numpy(), rows), f"{task} changed the tensor it was given"
+    assert as_list == rows.tolist(), f"{task} changed the list it was given"
+    assert not np.shares_memory(solution, given), f"{task}'s solution is a view of its input"
+    assert tensor_solution.data_ptr() != as_tensor.data_ptr(), f"{task}'s solution is a view of its input"
+
+
+def check_kinds_agree(task: Task, rows: np.ndarray) -> None:
+    """Arrays, tensors and lists of any integer type give the same values, and arrays and tensors keep their type."""
+    expected = task(rows)
+    assert np.array_equal(np.asarray(task(rows.tolist())), expected), f"{task} solves a list differently"
+    strided = np.repeat(rows, 2, axis=-1)[..., ::2]
+    assert np.array_equal(task(strided), expected), f"{task} solves a strided array differently"
+    for dtype in (np.int16, np.int32, np.int64):
+        solution = task(rows.astype(dtype))
+        assert isinstance(solution, np.ndarray)
+        assert solution.dtype == dtype, f"{task} turned {np.dtype(dtype)} into {solution.dtype}"
+        assert np.array_equal(solution, expected), f"{task} solves {np.dtype(dtype)} differently"
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        tensor = torch.from_numpy(rows).to(dtype)
+        solution = task(tensor)
+        assert isinstance(solution, torch.Tensor), f"{task} turned a tensor into {type(solution)}"
+        assert solution.dtype == dtype, f"{task} turned {dtype} into {solution.dtype}"
+        assert solution.device == tensor.device
+        assert np.array_equal(solution.numpy(), expected), f"{task} solves {dtype} differently"
+
+
+def check_is_defined_and_in_range(task: Task, rows: np.ndarray, num_digits: int) -> None:
+    """The task has a meaning on every row it is posed on, and its solutions hold only the values it declared."""
+    values = task.input_values(num_digits)
+    assert contains(values, rows), f"{rows} are not rows that {task} is posed on, {values}"
+    is_defined = task.is_defined(rows)
+    assert is_defined.shape == rows.shape[:-1], f"{task}.is_defined has shape {is_defined.shape}"
+    assert is_defined.dtype == np.bool_, f"{task}.is_defined gives {is_defined.dtype}"
+    assert is_defined.all(), f"{task} is not defined on {rows[~is_defined]}, which it is posed on"
+    output = task.output_values(values, rows.shape[-1])
+    solution = task(rows)
+    assert contains(output, solution), f"{task} made {solution} of {rows}, and declared {output}"
+
+
+def check_is_its_steps(task: Task, rows: np.ndarray) -> None:
+    """``(f + g)(x) == g(f(x))``, for the task's steps one by one and for every place to cut it in two."""
+    x = rows
+    for simple in task.tasks:
+        x = simple(x)
+    assert np.array_equal(task(rows), x), f"{task} differs from its tasks one after the other"
+    for cut in range(1, len(task.tasks)):
+        f, g = compose(task.tasks[:cut]), compose_or_none(task.tasks[cut:])
+        assert f is not None
+        if g is not None:
+            assert np.array_equal((f + g)(rows), g(f(rows))), f"({f}) + ({g}) is not the one after the other"
+
+
+def check_is_associative(task: Task, rows: np.ndarray) -> None:
+    """However brackets are put, it is the same task: equal, with the same name, repr, hash and solutions.
+
+    A part in brackets must be defined on its own rows, so some bracketings do not exist.
+    """
+    expected = task(rows)
+    for other in bracketings(task.tasks):
+        assert other == task, f"{other} and {task} are not equal"
+        assert (str(other), repr(other), hash(other)) == (str(task), repr(task), hash(task))
+        assert other.tasks == task.tasks
+        assert np.array_equal(other(rows), expected), f"brackets change what {task} does"
+
+
+class Add1Stub(Task):
+    """Something to add to any task; never solved."""
+
+
+def contains(values: Any, rows: np.ndarray) -> bool:
+    """Whether the rows (..., L) hold only these values: the first element's and the others' apart."""
+    (first_low, first_high), (low, high) = values
+    first, rest = rows[..., 0], rows[..., 1:]
+    return bool(((first_low <= first) & (first <= first_high)).all() and ((low <= rest) & (rest <= high)).all())
+
+
+def compose(tasks: Sequence[Task]) -> Task:
+    """Add the tasks up from the left."""
+    total, *others = tasks
+    for task in others:
+        total = total + task
+    return total
+
+
+def compose_or_none(tasks: Sequence[Task]) -> Task | None:
+    """The composition, or None where it is not defined."""
+    try:
+        return compose(tasks)
+    except ValueError:
+        return None
+
+
+def bracketings(tasks: Sequence[Task]) -> Iterator[Task]:
+    """The composition of the tasks with the brackets put in every way that is defined."""
+    if len(tasks) == 1:
+        yield tasks[0]
+    for cut in range(1, len(tasks)):
+        for f in bracketings(tasks[:cut]):
+            for g in bracketings(tasks[cut:]):
+                if compose_or_none([f, g]) is not None:
+                    yield f + g
+
+
+def draw_rows(task: Task, num_digits: int, length: int, n_rows: int, seed: int = 0) -> np.ndarray:
+    """Rows (n_rows, length) that the task is posed on, uniform over the values it declares."""
+    rng = np.random.default_rng(seed)
+    first, rest = task.input_values(num_digits)
+    return np.concatenate(
+        [
+            rng.integers(first.low, first.high + 1, (n_rows, 1)),
+            rng.integers(rest.low, rest.high + 1, (n_rows, length - 1)),
+        ],
+        axis=1,
+    )
+
+
+@st.composite
+def posed_rows(draw: st.DrawFn, task: Task, max_rows: int = 5, max_length: int = 9) -> dict[str, Any]:
+    """``rows`` (N, L) that the task is posed on and the ``num_digits`` they were drawn with, repeats likely."""
+    num_digits = draw(st.integers(4, 13))
+    n_rows, length = draw(st.integers(1, max_rows)), draw(st.integers(1, max_length))
+    first, rest = task.input_values(num_digits)
+    parts = [
+        draw(hnp.arrays(np.int64, (n_rows, 1), elements=st.integers(*first))),
+        draw(hnp.arrays(np.int64, (n_rows, length - 1), elements=st.integers(*rest))),
+    ]
+    return {"rows": np.concatenate(parts, axis=1), "num_digits": num_digits}
+
+
+def simple_tasks() -> st.SearchStrategy[Task]:
+    """One of the eleven."""
+    return st.sampled_from(SIMPLE_TASKS)
+
+
+@st.composite
+def compositions(draw: st.DrawFn, min_tasks: int = 1, max_tasks: int = 4) -> Task:
+    """A composition of the eleven tasks that is defined; each task is drawn from those that may follow."""
+    task = draw(simple_tasks())
+    for _ in range(draw(st.integers(min_tasks, max_tasks)) - 1):
+        followers = [t for t in SIMPLE_TASKS if compose_or_none([task, t]) is not None]
+        task = task + draw(st.sampled_from(followers))
+    assert len(task.tasks) == 1 or isinstance(task, CompositeTask)
+    return task

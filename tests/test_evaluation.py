@@ -1,0 +1,643 @@
+"""Scores: counted as by hand, with intervals from the literature, for models whose mistakes are known.
+
+Legend: N rows, L row length, P prefix positions.
+"""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import (
+    ReferenceLoop,
+    random_model,
+    reference_example,
+    reference_forward,
+    reference_generate,
+    reference_is_test_row,
+    reference_rows,
+)
+
+from mingpt.datasets import CustomDataset
+from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, eval, evaluate, label_batch, solve  # noqa: A004
+from mingpt.prefix import Prefix
+from mingpt.tasks import SIMPLE_TASKS, Add1, Divisible, InverseBinary, LessThan, Modulo, SortAscending, SortDescending
+from mingpt.trainer import PrefixTrainer, Trainer
+from mingpt.utils import CfgNode
+
+P, L = 3, 4
+
+
+def make_dataset(task, **arguments):
+    return CustomDataset("test", tasks=[task], **{"length": L, "num_digits": 6, "prefix_padding": P} | arguments)
+
+
+class FakeModel:
+    """Solves a task exactly, but for the answer's tokens at the positions in ``wrong`` in rows that begin with 1 or 2.
+
+    With ``tasks`` a prefix chooses which of them it solves: the task whose number the prefix is full of.
+    """
+
+    device = torch.device("cpu")
+    config = CfgNode(n_layer=1, n_embd=4)  # of the prefixes that it takes
+
+    def __init__(self, task, wrong=(), tasks=(), error=None, length=L, padding=P):
+        self.task, self.wrong, self.tasks, self.error = task, wrong, tasks, error
+        self.length, self.padding, self.training, self.calls = length, padding, True, []
+
+    def eval(self):
+        return self.train(False)
+
+    def train(self, mode=True):
+        self.training = mode
+        return self
+
+    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=()):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        assert (tokens[:, : self.padding] == 0).all()
+        self.calls.append(len(tokens))
+        if self.error is not None:
+            raise self.error
+        task = self.task
+        if prefixes is not None:
+            task = self.tasks[int((prefixes.values if isinstance(prefixes, Prefix) else prefixes).mean())]
+        rows = tokens[:, self.padding : self.padding + self.length]
+        answers = task(rows)
+        for position in self.wrong:
+            answers[rows[:, 0] <= 2, position] += 1
+        n_given = tokens.shape[1] - self.padding - self.length
+        assert n_given + max_new_tokens == self.length
+        return torch.cat([tokens, answers[:, n_given:]], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(
+    "n_correct, n_rows, low, high",
+    [
+        (0, 10, 0.0, 0.2775),  # the values that Wilson's interval has in the literature
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 10, 0.0179, 0.4042),
+        (9, 10, 0.5958, 0.9821),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_interval_is_wilsons(n_correct, n_rows, low, high):
+    assert Score(n_correct, n_rows).interval == pytest.approx((low, high), abs=5e-5)
+
+
+@st.composite
+def scores(draw):
+    n_rows = draw(st.integers(1, 10_000))
+    return Score(draw(st.integers(0, n_rows)), n_rows)
+
+
+@given(scores())
+def test_interval_contains_the_accuracy(score):
+    low, high = score.interval
+    assert 0 <= low <= score.accuracy <= high <= 1
+    assert low < high
+
+
+@given(scores(), st.integers(2, 20))
+def test_interval_shrinks_with_more_rows_of_the_same_accuracy(score, times):
+    low, high = score.interval
+    more_low, more_high = Score(score.n_correct * times, score.n_rows * times).interval
+    assert more_high - more_low < high - low
+
+
+@given(scores())
+def test_interval_of_the_mistakes_is_the_mirror_image(score):
+    low, high = score.interval
+    mirror_low, mirror_high = Score(score.n_rows - score.n_correct, score.n_rows).interval
+    assert (1 - mirror_high, 1 - mirror_low) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_score_of_counts_rows_and_positions():
+    solutions = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 1, 1]])
+    outputs = np.array([[1, 2, 3], [4, 0, 6], [7, 8, 9], [0, 0, 1]])
+    score = Score.of(outputs, solutions)
+    assert (score.n_correct, score.n_rows, score.accuracy) == (2, 4, 0.5)
+    assert score.by_position == (0.75, 0.5, 1.0)
+
+
+def test_a_score_goes_to_json():
+    import json
+
+    values = json.loads(json.dumps(Score.of(np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 5]])).to_dict()))
+    low, high = values.pop("interval_95")
+    assert values == {"n_correct": 1, "n_rows": 2, "accuracy": 0.5, "by_position": [1.0, 0.5]}
+    assert 0 < low < 0.5 < high < 1
+
+
+# ----------------------------------------------------------------------------------- evaluate, with a known model
+
+
+@pytest.mark.parametrize("task", [SortAscending(), Modulo(), InverseBinary(), Add1() + LessThan()])
+@pytest.mark.parametrize("batch_size", [7, 1600])
+def test_a_perfect_model_scores_everything(task, batch_size):
+    model = FakeModel(task)
+    score = evaluate(model, make_dataset(task), n_rows=50, batch_size=batch_size)
+    assert (score.n_correct, score.n_rows, score.accuracy) == (50, 50, 1.0)
+    assert score.by_position == (1.0,) * L
+    assert model.calls == ([7] * 7 + [1] if batch_size == 7 else [50])
+
+
+@pytest.mark.parametrize("wrong", [(0,), (2,), (3,), (1, 3)])
+def test_by_position_tells_where_the_mistakes_are(wrong):
+    dataset = make_dataset(Add1())
+    inputs, _ = dataset.rows(range(60))
+    share_right = (inputs[:, 0] > 2).mean()
+    assert 0 < share_right < 1
+    score = evaluate(FakeModel(Add1(), wrong), dataset, n_rows=60, batch_size=11)
+    assert score.accuracy == share_right
+    assert score.by_position == tuple(share_right if position in wrong else 1.0 for position in range(L))
+
+
+def test_the_rows_are_the_datasets_first_ones():
+    """Counted from 0, and as many as are asked for, even past the dataset's size."""
+    for seed in (0, 1):
+        dataset = make_dataset(Add1(), seed=seed, size=20)
+        for n_rows in (1, 20, 77):
+            score = evaluate(FakeModel(Add1(), wrong=(1,)), dataset, n_rows=n_rows)
+            assert score.n_correct == (dataset.rows(range(n_rows))[0][:, 0] > 2).sum()
+            assert score.n_rows == n_rows
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_the_models_mode_is_restored(mode, error):
+    model = FakeModel(Add1(), error=error).train(mode)
+    if error is None:
+        evaluate(model, make_dataset(Add1()), n_rows=5)
+    else:
+        with pytest.raises(type(error)):
+            evaluate(model, make_dataset(Add1()), n_rows=5)
+    assert model.training is mode
+    assert model.calls
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("n_rows", [0, -3])
+def test_no_rows_are_refused(n_rows):
+    with pytest.raises(ValueError, match=f"n_rows must be at least 1, got {n_rows}"):
+        evaluate(FakeModel(Add1()), make_dataset(Add1()), n_rows=n_rows)
+
+
+# ----------------------------------------------------------------------------- evaluate, with a model that is trained
+
+
+@pytest.fixture(scope="module")
+def half_trained():
+    """A model that sorts some rows upwards, some downwards and some not at all; the dataset asks for upwards."""
+    torch.manual_seed(0)
+    arguments = {"length": 3, "prefix_padding": 4, "num_digits": 6}
+    mixture = CustomDataset("train", tasks=[SortAscending(), SortDescending()], **arguments)
+    model = random_model(std=0.3, vocab_size=mixture.get_vocab_size(), block_size=mixture.get_block_size())
+    config = Trainer.get_default_config()
+    config.learning_rate = 1e-2
+    loop = ReferenceLoop(model, config)
+    losses = [loop.step(*mixture.batch(range(16 * step, 16 * (step + 1)))).item() for step in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    return model.eval(), make_dataset(SortAscending(), **arguments)
+
+
+def count_by_hand(model, dataset, n_rows, prefix_of_row=lambda row: None):
+    """One row at a time, one token at a time, each with a full pass."""
+    n_correct, n_right = 0, [0] * dataset.length
+    inputs, solutions = dataset.rows(range(n_rows))
+    for row in range(n_rows):
+        prompt = [0] * dataset.prefix_padding + inputs[row].tolist()
+        tokens = reference_generate(model, torch.tensor([prompt]), dataset.length, prefix_of_row(row))[0]
+        is_right = [
+            int(token) == solution for token, solution in zip(tokens[len(prompt) :], solutions[row], strict=True)
+        ]
+        n_correct += all(is_right)
+        n_right = [count + right for count, right in zip(n_right, is_right, strict=True)]
+    return n_correct, tuple(count / n_rows for count in n_right)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 1600])
+def test_evaluate_is_the_count_by_hand(half_trained, batch_size):
+    model, dataset = half_trained
+    n_correct, by_position = count_by_hand(model, dataset, 30)
+    assert 3 < n_correct < 27  # neither all nor none
+    score = evaluate(model, dataset, n_rows=30, batch_size=batch_size, precision="float32")
+    assert (score.n_correct, score.n_rows, score.by_position) == (n_correct, 30, pytest.approx(by_position))
+
+
+def test_bfloat16_is_an_option(half_trained):
+    model, dataset = half_trained
+    exact = evaluate(model, dataset, n_rows=200, precision="float32")
+    score = evaluate(model, dataset, n_rows=200, precision="bfloat16")
+    assert score.accuracy == pytest.approx(exact.accuracy, abs=0.1)
+    with pytest.raises(ValueError, match="unknown precision 'float8'"):
+        evaluate(model, dataset, n_rows=2, precision="float8")
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1600])
+def test_evaluate_with_a_prefix_per_row_is_the_count_by_hand(half_trained, batch_size):
+    """Which rows share a batch changes nothing: each keeps its own prefix."""
+    model, dataset = half_trained
+    n_rows = 17
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(5, 2, 4, 24, generator=generator)
+    rows = torch.randint(5, (n_rows,), generator=generator)
+    expected = count_by_hand(model, dataset, n_rows, lambda row: values[rows[row]])
+    in_order = evaluate(model, dataset, Prefix("activation", values, rows.sort().values), n_rows, precision="float32")
+    for prefixes in (
+        values[rows],
+        Prefix("activation", values[rows]),
+        Prefix("activation", values, rows),
+    ):
+        score = evaluate(model, dataset, prefixes, n_rows, batch_size=batch_size, precision="float32")
+        assert (score.n_correct, score.by_position) == (expected[0], pytest.approx(expected[1]))
+        assert score != in_order  # whose prefix it is matters
+    first = count_by_hand(model, dataset, n_rows, lambda row: values[0])
+    for prefixes in (values[0], Prefix("activation", values[:1])):
+        score = evaluate(model, dataset, prefixes, n_rows, batch_size=batch_size, precision="float32")
+        assert (score.n_correct, score.by_position) == (first[0], pytest.approx(first[1]))
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 9])
+@pytest.mark.parametrize("batch_size", [1, 2, 1600])
+def test_a_key_value_prefix_is_one_prefix_for_any_number_of_rows(n_rows, batch_size):
+    """(3, 2, P, C) is key_value for three layers, also where there happen to be three rows."""
+    dataset = make_dataset(Add1())
+    model = random_model(n_layer=3, block_size=dataset.get_block_size())
+    values = torch.randn(3, 2, P, 24, generator=torch.Generator().manual_seed(0))
+    expected = evaluate(model, dataset, Prefix("key_value", values[None]), n_rows, precision="float32")
+    score = evaluate(model, dataset, values, n_rows, batch_size=batch_size, precision="float32")
+    assert (score, score.by_position) == (expected, expected.by_position)
+
+
+@pytest.mark.parametrize("n_prefixes", [4, 10])
+@pytest.mark.parametrize("form", ["tensor", "prefix", "rows"])
+def test_as_many_prefixes_as_rows_are_required(half_trained, n_prefixes, form):
+    """Also where a batch, of 4 rows here, would take as many as there are."""
+    model, dataset = half_trained
+    values = torch.randn(n_prefixes, 2, 4, 24)
+    prefixes = {
+        "tensor": values,
+        "prefix": Prefix("activation", values),
+        "rows": Prefix("activation", values, torch.arange(n_prefixes)),
+    }[form]
+    with pytest.raises(ValueError):
+        evaluate(model, dataset, prefixes, n_rows=8, batch_size=4)
+
+
+def test_a_prefix_that_is_longer_than_the_padding_is_refused():
+    """It would take the place of the row's first elements."""
+    dataset = make_dataset(Add1())
+    model = random_model(block_size=dataset.get_block_size())
+    evaluate(model, dataset, torch.randn(2, P, 24), n_rows=2)
+    with pytest.raises(ValueError, match="prefix_padding"):
+        evaluate(model, dataset, torch.randn(2, P + 1, 24), n_rows=2)
+
+
+def test_logits_processors_reach_the_model(half_trained):
+    model, dataset = half_trained
+
+    def only_zero(_, logits):
+        return logits.index_fill(1, torch.arange(1, logits.shape[1]), float("-inf"))
+
+    inputs, solutions = dataset.rows(range(9))
+    answers = solve(model, inputs, dataset.prefix_padding, logits_processors=[only_zero])
+    assert answers.shape == solutions.shape
+    assert (answers == 0).all()
+
+
+def test_solve_can_be_given_the_first_tokens(half_trained):
+    model, dataset = half_trained
+    inputs, _ = dataset.rows(range(9))
+    given_answers = np.full((9, dataset.length), 2)
+    tokens = np.concatenate(
+        [np.zeros((9, dataset.prefix_padding), dtype=np.int64), inputs, given_answers[:, :2]], axis=1
+    )
+    expected = reference_generate(model, torch.from_numpy(tokens), 1)[:, -3:].numpy()
+    answers = solve(
+        model, inputs, dataset.prefix_padding, n_given=2, given=given_answers, batch_size=4, precision="float32"
+    )
+    assert np.array_equal(answers, expected)
+
+
+# ---------------------------------------------------------------------------------------------- the whole matrix
+
+
+MATRIX_TASKS = (SortAscending(), SortDescending(), Modulo(), InverseBinary(), Divisible(), Add1())  # 3 kinds of rows
+
+
+def make_prefixes():
+    """Prefix k is full of k, and makes FakeModel solve task k; None makes it solve the first."""
+    named = {str(task): torch.full((1, P, 4), float(k)) for k, task in enumerate(MATRIX_TASKS)}
+    return {"none": None} | named
+
+
+def is_posed_alike(one, other):
+    groups = [{"Modulo", "Divisible"}, {"InverseBinary"}, {"SortAscending", "SortDescending", "Add1"}]
+    return any({one, other} <= group for group in groups)
+
+
+def make_matrix(datasets, n_rows=20, **options):
+    # The fake is asked tasks on rows that they have no meaning on, so it may not check.
+    model = FakeModel(Unchecked(SortAscending()), tasks=[Unchecked(task) for task in MATRIX_TASKS])
+    return accuracy_matrix(model, make_prefixes(), datasets, n_rows, **options), model
+
+
+class Unchecked:
+    """A task that answers on every row."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __call__(self, rows):
+        return torch.from_numpy(self.task.solve(rows.numpy()))
+
+
+def test_each_cell_of_the_matrix_is_what_evaluate_gives():
+    datasets = [make_dataset(task) for task in MATRIX_TASKS]
+    matrix, model = make_matrix(datasets, batch_size=9)
+    assert matrix.prefixes == ("none", *map(str, MATRIX_TASKS))
+    assert matrix.tasks == tuple(map(str, MATRIX_TASKS))
+    assert matrix.accuracies.shape == (7, 6)
+    for i, (name, prefix) in enumerate(make_prefixes().items()):
+        for j, dataset in enumerate(datasets):
+            score = evaluate(model, dataset, prefix, n_rows=20)
+            assert matrix[name, str(MATRIX_TASKS[j])] is matrix.scores[i][j]
+            assert (matrix.scores[i][j], matrix.scores[i][j].by_position) == (score, score.by_position)
+            assert matrix.accuracies[i, j] == score.accuracy
+            if name == str(MATRIX_TASKS[j]):
+                assert score.accuracy == 1
+    assert len(np.unique(matrix.accuracies)) > 2
+    assert matrix.accuracies[0].tolist() == matrix.accuracies[1].tolist()  # "none" solves the first task
+
+
+def test_the_model_answers_once_for_each_prefix_and_different_rows():
+    """Three kinds of rows for six tasks, seven prefixes, and three batches of at most 9 rows."""
+    _, model = make_matrix([make_dataset(task) for task in MATRIX_TASKS], batch_size=9)
+    assert Counter(model.calls) == {9: 2 * 3 * 7, 2: 3 * 7}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num_digits": 8}])
+def test_other_rows_are_answered_apart(change):
+    """Rows are shared only where all of them are the same."""
+    datasets = [make_dataset(Add1()), make_dataset(SortAscending()), make_dataset(Add1(), **change)]
+    matrix, model = make_matrix(datasets)
+    assert len(model.calls) == 2 * 7
+    for score, dataset in zip(matrix.scores[0], datasets, strict=True):
+        expected = evaluate(model, dataset, n_rows=20)
+        assert (score, score.by_position) == (expected, expected.by_position)
+
+
+def test_rows_after_another_padding_are_answered_apart(half_trained):
+    model, dataset = half_trained
+    datasets = [dataset, make_dataset(SortAscending(), length=3, num_digits=6, prefix_padding=1)]
+    assert np.array_equal(datasets[0].rows(range(40))[0], datasets[1].rows(range(40))[0])
+    matrix = accuracy_matrix(model, {"none": None}, datasets, n_rows=40, precision="float32")
+    for score, own in zip(matrix.scores[0], datasets, strict=True):
+        assert score == evaluate(model, own, n_rows=40, precision="float32")
+    assert matrix.scores[0][0] != matrix.scores[0][1]
+
+
+def test_the_matrix_says_which_prefix_is_next():
+    said = []
+    make_matrix([make_dataset(Add1())], on_prefix=said.append)
+    assert said == list(make_prefixes())
+
+
+def test_the_matrix_goes_to_json():
+    scores = ((Score(1, 4), Score(2, 4)),)
+    values = AccuracyMatrix(("none",), ("Add1", "Modulo"), scores).to_dict()
+    assert values["prefixes"] == ["none"]
+    assert values["tasks"] == ["Add1", "Modulo"]
+    assert values["n_correct"] == [[1, 2]]
+    assert values["n_rows"] == [[4, 4]]
+
+
+def test_the_matrix_needs_datasets_of_one_task():
+    mixture = CustomDataset("test", tasks=[Add1(), SortAscending()], length=L, num_digits=6, prefix_padding=P)
+    for datasets in ([], [make_dataset(Add1()), mixture]):
+        with pytest.raises(ValueError, match="one task each"):
+            accuracy_matrix(FakeModel(Add1()), {"none": None}, datasets)
+
+
+# ---------------------------------------------------------------------------------------------------- label_batch
+
+
+def label_by_hand(row, outputs, tasks):
+    for number, task in enumerate(tasks, start=1):
+        try:
+            solution = task(row)
+        except ValueError:
+            continue  # the task has no meaning on this row
+        if solution.tolist() == outputs.tolist():
+            return number
+    return 0
+
+
+@pytest.mark.parametrize("prefix_padding", [0, 7])
+@pytest.mark.parametrize("task", SIMPLE_TASKS, ids=str)
+def test_label_batch_names_each_of_the_eleven(task, prefix_padding):
+    dataset = CustomDataset("test", tasks=[task], length=9, num_digits=8, prefix_padding=prefix_padding)
+    x, y = dataset.batch(range(60))
+    names = label_batch(x, y, prefix_padding, 9)
+    numbers = label_batch(x, y, prefix_padding, 9, as_ints=True)
+    inputs, solutions = (torch.from_numpy(part) for part in dataset.rows(range(60)))
+    assert numbers == [label_by_hand(*row, SIMPLE_TASKS) for row in zip(inputs, solutions, strict=True)]
+    assert names == [str(SIMPLE_TASKS[number - 1]) for number in numbers]
+    assert Counter(names)[str(task)] >= 40  # on some rows an earlier task does the same
+
+
+def test_there_are_eleven_tasks_to_name():
+    assert len(SIMPLE_TASKS) == len(set(map(str, SIMPLE_TASKS))) == 11
+
+
+def as_batch(inputs, outputs, prefix_size):
+    """Sequences of rows and outputs, as a dataset gives them."""
+    whole = torch.cat([torch.zeros(len(inputs), prefix_size, dtype=torch.int64), inputs, outputs], dim=1)
+    y = whole[:, 1:].clone()
+    y[:, : prefix_size + inputs.shape[1] - 1] = -1
+    return whole[:, :-1], y
+
+
+def test_label_batch_of_what_no_task_does():
+    inputs = torch.tensor([[3, 1, 2], [0, 0, 0], [-4, 0, 9], [2, 3, 4]])
+    outputs = torch.tensor([[9, 9, 9], [7, 7, 7], [5, 5, 5], [3, 4, 6]])
+    x, y = as_batch(inputs, outputs, 2)
+    assert label_batch(x, y, 2, 3) == ["None"] * 4
+    assert label_batch(x, y, 2, 3, as_ints=True) == [0] * 4
+
+
+def test_label_batch_takes_the_first_task_that_fits():
+    """Sorting a sorted row changes nothing, and neither does x >= 1."""
+    inputs = torch.tensor([[1, 2, 3], [3, 2, 1], [1, 1, 1], [2, 1, 3]])
+    outputs = torch.tensor([[1, 2, 3], [3, 2, 1], [1, 1, 1], [1, 2, 3]])
+    x, y = as_batch(inputs, outputs, 1)
+    ascending, descending = SortAscending(), SortDescending()
+    assert label_batch(x, y, 1, 3, tasks=[ascending, descending]) == [
+        "SortAscending",
+        "SortDescending",
+        "SortAscending",
+        "SortAscending",
+    ]
+    assert label_batch(x, y, 1, 3, as_ints=True, tasks=[descending, ascending]) == [2, 1, 1, 2]
+
+
+def test_label_batch_passes_over_rows_that_a_task_has_no_meaning_on():
+    """Division by 0, and ones minus something else, neither raise nor fit."""
+    inputs = torch.tensor([[0, 5, 6], [0, 1, 1], [2, 5, 1]])
+    outputs = torch.tensor([[0, 0, 0], [1, 0, 0], [-1, -4, 0]])
+    x, y = as_batch(inputs, outputs, 0)
+    assert label_batch(x, y, 0, 3, tasks=[Modulo(), Divisible(), InverseBinary()]) == ["None", "InverseBinary", "None"]
+
+
+def test_label_batch_names_compositions_that_are_asked_for():
+    tasks = [Add1(), SortAscending() + Add1(), LessThan() + Add1()]
+    dataset = CustomDataset("train", tasks=tasks[1:], length=8)
+    x, y = dataset.batch(range(40))
+    assert label_batch(x, y, 0, 8, tasks=tasks) == ["SortAscending+Add1", "LessThan+Add1"] * 20
+
+
+def test_label_batch_leaves_its_arguments_alone():
+    x, y = CustomDataset("train", tasks=[Add1()], prefix_padding=2).batch(range(5))
+    before = x.clone(), y.clone()
+    label_batch(x, y, 2, 10)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+# ------------------------------------------------------------------------------------------------------- eval
+
+
+@pytest.mark.parametrize(
+    "arguments, n_rows",
+    [({}, 250), ({"max_batches": 1}, 100), ({"max_batches": 2}, 200), ({"max_batches": 3}, 250)],
+)
+def test_eval_prints_the_score_and_returns_the_count(capsys, arguments, n_rows):
+    dataset = make_dataset(Add1(), size=250)
+    result = eval(FakeModel(Add1(), wrong=(1,)), dataset=dataset, **arguments)
+    n_correct = (dataset.rows(range(n_rows))[0][:, 0] > 2).sum()
+    assert 0 < n_correct < n_rows
+    assert capsys.readouterr().out == f"Final score: {n_correct}/{n_rows} = {100 * n_correct / n_rows:.2f}% correct\n"
+    assert isinstance(result, torch.Tensor)
+    assert result.shape == ()
+    assert result.dtype == torch.float32
+    assert result.item() == n_correct
+
+
+def test_eval_of_a_perfect_model(capsys):
+    assert eval(FakeModel(Add1()), make_dataset(Add1(), size=3200), max_batches=32) == 3200
+    assert capsys.readouterr().out == "Final score: 3200/3200 = 100.00% correct\n"
+
+
+def test_eval_is_what_evaluate_counts(half_trained, capsys):
+    model, dataset = half_trained
+    prefix = torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(1))
+    for prefixes in (None, prefix):
+        result = eval(model.train(), dataset=dataset, device=torch.device("cpu"), max_batches=1, prefixes=prefixes)
+        assert model.training
+        assert result == evaluate(model, dataset, prefixes, n_rows=100).n_correct
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_eval_moves_the_model_to_the_device():
+    class Movable(FakeModel):
+        def to(self, device):
+            self.device = torch.device(device)
+
+    model = Movable(Add1())
+    model.device = torch.device("meta")
+    assert eval(model, make_dataset(Add1()), "cpu", max_batches=1) == 100
+
+
+@pytest.mark.parametrize("position, n_rows_helped", [(0, True), (1, False)])
+def test_provide_first_gives_the_first_token_only(position, n_rows_helped):
+    """A model that errs in the first token is right when it is given; one that errs in the second is not."""
+    dataset = make_dataset(Add1(), size=50)
+    model = FakeModel(Add1(), wrong=(position,))
+    alone, helped = eval(model, dataset), eval(model, dataset, provide_first=True)
+    assert alone < 50
+    assert helped == (50 if n_rows_helped else alone)
+
+
+def test_show_wrong_examples_prints_the_first_three(capsys):
+    dataset = make_dataset(Add1(), size=50)
+    inputs, solutions = dataset.rows(range(50))
+    eval(FakeModel(Add1(), wrong=(1,)), dataset, show_wrong_examples=True)
+    *lines, last = capsys.readouterr().out.splitlines()
+    wrong = np.flatnonzero(inputs[:, 0] <= 2)[:3]
+    assert len(lines) == len(wrong) == 3
+    for line, row in zip(lines, wrong, strict=True):
+        output = solutions[row].copy()
+        output[1] += 1
+        assert all(str(part.tolist()) in line for part in (inputs[row], output, solutions[row]))
+    assert last.startswith("Final score: ")
+
+
+# ------------------------------------------------------------------------------------ the reference's own work
+
+
+def test_the_references_examples_are_the_datasets():
+    """One row at a time, solved, joined and shifted: what the dataset builds at once."""
+    dataset = CustomDataset("train", tasks=[SortAscending(), Modulo()], length=5, num_digits=7, prefix_padding=3)
+    inputs, _ = dataset.rows(range(30))
+    x, y = dataset.batch(range(30))
+    for index, row in enumerate(inputs):
+        own_x, own_y = reference_example(dataset.tasks[index % 2], torch.from_numpy(row), 3)
+        assert torch.equal(x[index], own_x)
+        assert torch.equal(y[index], own_y)
+        assert not reference_is_test_row(row.tolist())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_references_rows_are_of_the_datasets_kind(split):
+    tasks = [SortAscending(), InverseBinary(), Modulo()]
+    dataset = CustomDataset(split, tasks=tasks, length=8, num_digits=9, prefix_padding=2)
+    indices = range(5, 305)
+    x, y = reference_rows(dataset, indices)
+    own_x, own_y = dataset.batch(indices)
+    assert (x.shape, x.dtype, y.shape, y.dtype) == (own_x.shape, own_x.dtype, own_y.shape, own_y.dtype)
+    assert torch.equal(y == -1, own_y == -1)
+    assert torch.equal(reference_rows(dataset, [7])[0][0], x[2])  # a function of the index
+    for k in range(3):
+        rows = x[:, 2:10][torch.tensor([index % 3 == k for index in indices])]
+        own = own_x[:, 2:10][torch.tensor([index % 3 == k for index in indices])]
+        assert all(reference_is_test_row(row.tolist()) == (split == "test") for row in rows)
+        assert (rows[:, 0].min(), rows[:, 0].max()) == (own[:, 0].min(), own[:, 0].max())
+        assert (rows[:, 1:].min(), rows[:, 1:].max()) == (own[:, 1:].min(), own[:, 1:].max())
+        n_distinct, own_distinct = (sum(len(set(row.tolist())) for row in part) / len(part) for part in (rows, own))
+        assert math.isclose(n_distinct, own_distinct, rel_tol=0.1)
+
+
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_the_references_steps_are_the_trainers(is_prefix):
+    """The loop that benchmarks compare with learns the same from the same batches."""
+    dataset = CustomDataset("train", tasks=[SortAscending(), Add1()], length=4, num_digits=6, prefix_padding=3)
+    sizes = {"vocab_size": dataset.get_vocab_size(), "block_size": dataset.get_block_size()}
+    model, own_model = random_model(**sizes), random_model(**sizes)
+    prefix, own_prefix = (torch.ones(2, 3, 24, requires_grad=True) for _ in range(2))
+    config = Trainer.get_default_config()
+    config.merge_from_dict({"max_iters": 15, "precision": "float32", "batch_size": 16, "learning_rate": 3e-3})
+    config.progress = False
+    trainer = PrefixTrainer(config, model, dataset, prefix) if is_prefix else Trainer(config, model, dataset)
+    losses = []
+    trainer.set_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
+    trainer.run()
+    loop = ReferenceLoop(own_model, config, own_prefix if is_prefix else None)
+    own_losses = [loop.step(*dataset.batch(range(start, start + 16))).item() for start in range(0, 15 * 16, 16)]
+    assert losses == pytest.approx(own_losses, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.1
+    x, _ = dataset.batch(range(5))
+    with torch.no_grad():  # not the weights: where a gradient is zero but for rounding, AdamW's steps are noise
+        logits = model.eval()(x, prefixes=prefix if is_prefix else None)[0][:, 3:]
+        own_logits = reference_forward(own_model.eval(), x, own_prefix if is_prefix else None)[:, 3:]
+    torch.testing.assert_close(logits, own_logits, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,401 @@
+"""Prefixes of every kind: content sees what it would see if they were spliced into a full run, and nothing else.
+
+Legend: B batch, T tokens, P prefix positions, C channels, H heads, L layers, V vocabulary, K prefixes.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import random_model, reference_forward, reference_loss
+
+from mingpt.precision import autocast
+from mingpt.prefix import Prefix, activation_past, as_prefix, initial_prefix, key_value_past
+
+B, T, L, H, P, C, V = 3, 13, 2, 4, 5, 24, 11  # random_model's sizes
+N = T - P  # content tokens
+K = 4
+
+SHAPES = {"activation": (L, P, C), "key_value": (L, 2, P, C), "prompt": (P, C)}
+KINDS = sorted(SHAPES)
+
+
+def random_tokens(n_rows=B, n_tokens=T, seed=1):
+    return torch.randint(V, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def random_targets(n_rows=B, n_tokens=T, n_silent=P + 2):
+    targets = random_tokens(n_rows, n_tokens, seed=2)
+    targets[:, :n_silent] = -1
+    return targets
+
+
+def random_values(kind, n=None, seed=3):
+    """One prefix, or n of them."""
+    shape = SHAPES[kind] if n is None else (n, *SHAPES[kind])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(found, expected, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+
+
+# ------------------------------------------------------------------------------------------ the fast and the naive
+
+
+@pytest.mark.parametrize("skip_layer_norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_loss_are_the_naive_splices(kind, skip_layer_norm):
+    model, idx, targets = random_model(skip_layer_norm=skip_layer_norm), random_tokens(), random_targets()
+    values = random_values(kind)
+    logits, loss = model(idx, targets, prefixes=values)
+    expected = reference_forward(model, idx, values, kind)
+    assert logits.shape == (B, T, V)
+    assert_close(logits[:, P:], expected[:, P:])
+    assert_close(loss, reference_loss(expected, targets))
+    assert (logits[:, :P] == 0).all()  # nothing is predicted there
+    without = reference_forward(model, idx)
+    assert (without - expected)[:, P:].abs().amax(dim=-1).min() > 1e-2  # the prefix reaches every content position
+
+
+@pytest.mark.parametrize("skip_layer_norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_prefix_are_the_naive_splices(kind, skip_layer_norm):
+    model, idx, targets = random_model(skip_layer_norm=skip_layer_norm), random_tokens(), random_targets()
+    values = random_values(kind).requires_grad_()
+    naive_loss = reference_loss(reference_forward(model, idx, values, kind), targets)
+    (expected,) = torch.autograd.grad(naive_loss, values)
+    (found,) = torch.autograd.grad(model(idx, targets, prefixes=values)[1], values)
+    assert expected.abs().amax() > 1e-2
+    assert_close(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_weights_are_the_naive_splices(kind):
+    """The weights need no gradient when a prefix is trained, but who asks for it gets the right one."""
+    model, idx, targets, values = random_model(), random_tokens(), random_targets(), random_values(kind)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    naive_loss = reference_loss(reference_forward(model, idx, values, kind), targets)
+    expected = torch.autograd.grad(naive_loss, weights)
+    found = torch.autograd.grad(model(idx, targets, prefixes=values)[1], weights)
+    for name, one, other in zip(names, found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    n_rows=st.integers(1, 4),
+    n_content=st.integers(1, 5),
+    n_prefix=st.integers(1, 4),
+    n_layer=st.integers(1, 3),
+    n_head=st.integers(1, 3),
+    head_size=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_logits_are_the_naive_splices_at_any_size(kind, n_rows, n_content, n_prefix, n_layer, n_head, head_size, seed):
+    n_tokens, n_embd = n_prefix + n_content, n_head * head_size
+    model = random_model(seed, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=n_tokens)
+    idx = random_tokens(n_rows, n_tokens, seed)
+    leading = {"activation": (n_layer,), "key_value": (n_layer, 2), "prompt": ()}[kind]
+    values = torch.randn(*leading, n_prefix, n_embd, generator=torch.Generator().manual_seed(seed))
+    logits, _ = model(idx, prefixes=Prefix(kind, values[None]))
+    expected = reference_forward(model, idx, values, kind)
+    assert_close(logits[:, n_prefix:], expected[:, n_prefix:], atol=2e-5, rtol=1e-4)
+
+
+def test_the_past_of_an_activation_prefix_is_a_key_value_prefix():
+    model, idx, values = random_model(), random_tokens(), random_values("activation")
+    past = activation_past(model.blocks, values[None])  # L pairs of (1, H, P, D)
+    assert [part.shape for layer in past for part in layer] == [(1, H, P, C // H)] * (2 * L)
+    key_value = torch.stack([torch.stack([part[0].transpose(0, 1).reshape(P, C) for part in layer]) for layer in past])
+    assert key_value.shape == SHAPES["key_value"]
+    assert_close(model(idx, prefixes=key_value)[0], model(idx, prefixes=values)[0])
+    for own, split in zip(past, key_value_past(key_value[None], H), strict=True):
+        assert torch.equal(own[0], split[0])
+        assert torch.equal(own[1], split[1])
+
+
+def test_a_prompt_of_tokens_embeddings_is_these_tokens():
+    model, idx = random_model(), random_tokens()
+    idx[:, :P] = idx[0, :P]  # one prompt for all rows
+    prompt = model.transformer.wte.weight[idx[0, :P]].detach()
+    assert_close(model(idx, prefixes=prompt)[0][:, P:], model(idx)[0][:, P:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_placeholders_are_not_looked_at(kind):
+    model, idx, values = random_model(), random_tokens(), random_values(kind)
+    changed = idx.clone()
+    changed[:, :P] = (changed[:, :P] + 3) % V
+    assert torch.equal(model(changed, prefixes=values)[0], model(idx, prefixes=values)[0])
+
+
+def test_a_prefix_may_be_shorter_than_the_padding():
+    model, idx, values = random_model(), random_tokens(), random_values("activation")[:, :2]
+    idx[:, :P] = 0
+    assert_close(model(idx, prefixes=values)[0][:, 2:], reference_forward(model, idx, values)[:, 2:])
+
+
+# ----------------------------------------------------------------------------------------------- several prefixes
+
+
+def in_every_form(kind, n=B):
+    """The same n prefixes for n rows, in each way there is to say so, with which of them each row has."""
+    values, rows = random_values(kind, K), torch.tensor([2, 0, 3, 2, 1, 0, 3][:n])
+    forms = [Prefix(kind, values, rows), Prefix(kind, values[rows])]
+    return [*forms, values[rows]] if kind == "activation" else forms, values[rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_sees_its_own_prefix_only(kind):
+    model, idx = random_model(), random_tokens()
+    forms, of_row = in_every_form(kind)
+    expected = reference_forward(model, idx, of_row, kind)
+    for prefixes in forms:
+        logits, _ = model(idx, prefixes=prefixes)
+        assert_close(logits[:, P:], expected[:, P:])
+        for row in range(B):  # the same as running it alone
+            alone, _ = model(idx[row : row + 1], prefixes=Prefix(kind, of_row[row : row + 1]))
+            assert_close(logits[row], alone[0])
+    assert (expected[0] - reference_forward(model, idx, of_row[1], kind)[0])[P:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_be_more_or_fewer_than_the_prefixes(kind):
+    model = random_model()
+    for n_rows in (2, 7):
+        idx = random_tokens(n_rows)
+        forms, of_row = in_every_form(kind, n_rows)
+        assert_close(model(idx, prefixes=forms[0])[0][:, P:], reference_forward(model, idx, of_row, kind)[:, P:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_prefixes_of_the_rows_that_are_scored(kind):
+    """Prefix k's gradient is the sum over its rows: none without a row, or where its rows score no target."""
+    model, idx, targets = random_model(), random_tokens(), random_targets()
+    targets[1] = -1  # row 1, which has prefix 0, scores nothing
+    values, rows = random_values(kind, K).requires_grad_(), torch.tensor([2, 0, 2])
+    (found,) = torch.autograd.grad(model(idx, targets, prefixes=Prefix(kind, values, rows))[1], values)
+    assert (found.flatten(1).abs().amax(dim=1) > 0).tolist() == [False, False, True, False]
+    lone = values[2].detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model(idx[::2], targets[::2], prefixes=Prefix(kind, lone[None]))[1], lone)
+    assert_close(found[2], expected, rtol=1e-4)
+
+
+def test_gradients_of_a_batch_do_not_mix_its_prefixes():
+    model, idx = random_model(), random_tokens()
+    values = random_values("activation", B).requires_grad_()
+    logits, _ = model(idx, prefixes=values)
+    for row in range(B):
+        (gradient,) = torch.autograd.grad(logits[row].sum(), values, retain_graph=True)
+        assert (gradient.flatten(1).abs().amax(dim=1) > 0).tolist() == [row == other for other in range(B)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_position_and_layer_of_a_prefix_learns(kind):
+    model, idx, targets, values = random_model(), random_tokens(), random_targets(), random_values(kind)
+    values.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(idx, targets, prefixes=values)[1], values)
+    assert (gradient.abs().amax(dim=-1) > 0).all()
+
+
+def test_only_the_prefix_gets_a_gradient_from_a_frozen_model():
+    model, idx, targets = random_model().requires_grad_(False), random_tokens(), random_targets()
+    values = random_values("activation").requires_grad_()
+    model(idx, targets, prefixes=values)[1].backward()
+    assert values.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
+
+@pytest.mark.parametrize("form", ["one", "per row", "rows"])
+@pytest.mark.parametrize("kind", ["activation", "prompt"])
+def test_the_record_is_the_naive_runs_with_the_prefixs_own_rows(kind, form):
+    model, idx = random_model(), random_tokens()
+    forms, of_row = in_every_form(kind)
+    prefixes = {"rows": forms[0], "per row": forms[1], "one": Prefix(kind, of_row[:1])}[form]
+    record, expected = [("before", torch.zeros(1))], []
+    model(idx, prefixes=prefixes, activations_record=record)
+    reference_forward(model, idx, of_row[0] if form == "one" else of_row, kind, expected)
+    assert record.pop(0)[0] == "before"
+    assert [name for name, _ in record] == ["attention", "attn_block_output"] * L
+    for (_, found), (_, naive) in zip(record, expected, strict=True):
+        assert_close(found, naive)
+    for _, attention in record[::2]:
+        assert attention.shape == (B, H, T, T)
+        assert not attention.requires_grad
+        assert_close(attention.sum(dim=-1), torch.ones(B, H, T))
+
+
+def test_the_record_of_a_key_value_prefix_is_zero_where_it_has_no_queries():
+    model, idx, values = random_model(), random_tokens(), random_values("key_value")
+    record, expected = [], []
+    model(idx, prefixes=values, activations_record=record)
+    reference_forward(model, idx, values, "key_value", expected)
+    for (name, found), (_, naive) in zip(record, expected, strict=True):
+        assert found.shape == naive.shape
+        is_prefix = torch.arange(T) < P
+        positions = -2  # (B, H, T, T) and (B, T, C)
+        assert_close(
+            found.index_select(positions, torch.arange(P, T)), naive.index_select(positions, torch.arange(P, T))
+        )
+        assert (found.index_select(positions, torch.arange(T)[is_prefix]) == 0).all(), name
+
+
+def test_recording_changes_no_logits():
+    model, idx, values = random_model(), random_tokens(), random_values("activation")
+    assert torch.equal(model(idx, prefixes=values, activations_record=[])[0], model(idx, prefixes=values)[0])
+
+
+# ------------------------------------------------------------------------------------------------ what users give
+
+
+@pytest.mark.parametrize(
+    "shape, kind, values_shape",
+    [
+        ((L, P, C), "activation", (1, L, P, C)),
+        ((B, L, P, C), "activation", (B, L, P, C)),
+        ((L, 2, P, C), "key_value", (1, L, 2, P, C)),
+        ((P, C), "prompt", (1, P, C)),
+    ],
+)
+def test_the_shape_says_the_kind(shape, kind, values_shape):
+    values = torch.randn(shape)
+    prefix = as_prefix(values, L, C, B)
+    assert (prefix.kind, tuple(prefix.values.shape), prefix.rows) == (kind, values_shape, None)
+    assert prefix.n_positions == P
+    assert prefix.n_prefixes == values_shape[0]
+    assert torch.equal(prefix.values.reshape(-1), values.reshape(-1))
+    assert as_prefix(prefix, L, C, B) is prefix
+
+
+def test_a_shape_of_two_kinds_is_refused_until_it_is_named():
+    """(2, 2, P, C) for two rows and two layers is one activation prefix per row, and also a key_value prefix."""
+    model, idx, values = random_model(), random_tokens(2), random_values("key_value")
+    with pytest.raises(ValueError, match="one per row and also key_value"):
+        model(idx, prefixes=values)
+    as_key_value, as_activation = Prefix("key_value", values[None]), Prefix("activation", values)
+    assert_close(model(idx, prefixes=as_key_value)[0][:, P:], reference_forward(model, idx, values, "key_value")[:, P:])
+    assert_close(model(idx, prefixes=as_activation)[0][:, P:], reference_forward(model, idx, values)[:, P:])
+    assert as_prefix(values, L, C, batch_size=3).kind == "key_value"  # not ambiguous for three rows
+    three_layers = torch.randn(3, 2, P, C)
+    assert as_prefix(three_layers, n_layer=2, n_embd=C, batch_size=3).kind == "activation"
+    assert as_prefix(three_layers, n_layer=3, n_embd=C, batch_size=3).kind == "key_value"
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((L + 1, P, C), "3 layers, the model has 2"),
+        ((L, P, C + 1), "25 channels, the model has 24"),
+        ((P, C - 1), "23 channels, the model has 24"),
+        ((B, L + 1, P, C), "3 layers, the model has 2"),
+        ((B + 1, L, P, C), "4 prefixes for 3 rows"),
+        ((L, 2, P, C + 2), "26 channels, the model has 24"),
+        ((C,), "of no known kind"),
+        ((B, L, 2, P, C), "of no known kind"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        random_model()(random_tokens(), prefixes=torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "kind, shape, rows, message",
+    [
+        ("activation", (K, L, P, C), None, "4 prefixes for 3 rows"),
+        ("activation", (K, L, P, C), 2, r"rows has shape \(2,\), expected \(3,\)"),
+        ("key_value", (1, L + 1, 2, P, C), None, "3 layers, the model has 2"),
+        ("key_value", (1, L, 3, P, C), None, "keys and values"),
+        ("prompt", (2, P, C), None, "2 prefixes for 3 rows"),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_refused(kind, shape, rows, message):
+    rows = None if rows is None else torch.zeros(rows, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        random_model()(random_tokens(), prefixes=Prefix(kind, torch.zeros(shape), rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_without_the_axis_of_prefixes_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"{kind} prefixes have the shape \(K, "):
+        Prefix(kind, torch.zeros(SHAPES[kind]))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match=r"'soft'.*activation, key_value, prompt"):
+        Prefix("soft", torch.zeros(1, P, C))
+
+
+@pytest.mark.parametrize("prefixes", [[[1.0]], "activation", 3])
+def test_something_else_is_refused(prefixes):
+    with pytest.raises(TypeError, match=f"got {type(prefixes).__name__}"):
+        random_model()(random_tokens(), prefixes=prefixes)
+
+
+def test_a_prefix_that_leaves_no_content_is_refused():
+    with pytest.raises(ValueError, match="5 prefix positions leave no content in 5 tokens"):
+        random_model()(random_tokens(n_tokens=P), prefixes=random_values("activation"))
+
+
+# ------------------------------------------------------------------------------------------- where training starts
+
+
+def test_an_initial_prefix_of_the_padding_changes_nothing():
+    """It is what each block sees at P zeros, so training starts from the model as it is without a prefix."""
+    model, idx = random_model(), random_tokens()
+    idx[:, :P] = 0
+    prefix = initial_prefix(model, P)
+    assert_close(model(idx, prefixes=prefix)[0][:, P:], model(idx)[0][:, P:])
+    transformer = model.transformer  # the first block sees the embeddings of a zero at each position, in their order
+    assert torch.equal(prefix[0], transformer.wte.weight[0] + transformer.wpe.weight[:P])
+
+
+def test_a_random_initial_prefix_is_standard_normal():
+    model = random_model()
+    prefix, again, other = (
+        initial_prefix(model, 50, how="random", generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert prefix.mean().item() == pytest.approx(0, abs=0.1)
+    assert prefix.std().item() == pytest.approx(1, rel=0.05)
+    assert torch.equal(prefix, again)
+    assert not torch.equal(prefix, other)
+
+
+@pytest.mark.parametrize("how", ["padding", "random"])
+def test_an_initial_prefix_is_ready_to_be_trained(how):
+    prefix = initial_prefix(random_model(), P, how)
+    assert prefix.shape == (L, P, C)
+    assert prefix.dtype == torch.float32
+    assert prefix.is_leaf
+    assert prefix.requires_grad
+
+
+def test_an_unknown_initialisation_is_refused():
+    with pytest.raises(ValueError, match=r"'zeros'.*padding or random"):
+        initial_prefix(random_model(), P, "zeros")
+
+
+# ------------------------------------------------------------------------------------------------------- bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_close(kind):
+    """As in test_model: bfloat16 keeps 8 bits, so logits are off by about a percent, and gradients by a few."""
+    model, idx, targets = random_model(), random_tokens(), random_targets()
+    values = random_values(kind).requires_grad_()
+    expected, expected_loss = model(idx, targets, prefixes=values)
+    record = []
+    with autocast("bfloat16", "cpu"):
+        logits, loss = model(idx, targets, prefixes=values, activations_record=record)
+    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)
+    assert all(tensor.dtype == torch.float32 for _, tensor in record)
+    (gradient,) = torch.autograd.grad(loss, values)
+    (exact,) = torch.autograd.grad(expected_loss, values)
+    assert gradient.dtype == torch.float32
+    assert (gradient - exact).norm() < 0.1 * exact.norm()
