@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mingpt.datasets import CustomDataset
 from mingpt.precision import autocast
-from mingpt.prefix import Prefix
+from mingpt.prefix import Prefix, as_prefix
 from mingpt.tasks import SIMPLE_TASKS, Task
 
 N_ROWS = 3200
@@ -50,7 +50,8 @@ class Score:
         n, z2 = self.n_rows, _Z95**2
         center = (self.n_correct + z2 / 2) / (n + z2)
         half = _Z95 / (n + z2) * math.sqrt(self.n_correct * (n - self.n_correct) / n + z2 / 4)
-        return max(0.0, center - half), min(1.0, center + half)
+        # Rounding must not leave the accuracy outside, as it may by 1e-17 at 0 and 1.
+        return max(0.0, min(center - half, self.accuracy)), min(1.0, max(center + half, self.accuracy))
 
     def to_dict(self) -> dict[str, Any]:
         """The score as JSON values."""
@@ -124,9 +125,15 @@ def solve(
         (N, L) answers.
     """
     n_rows, length = inputs.shape
+    prefix = None
+    if prefixes is not None:
+        prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
+        if prefix.n_positions > prefix_padding:
+            raise ValueError(f"the prefix has {prefix.n_positions} positions, prefix_padding has {prefix_padding}")
     prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
     if given is not None:
         prompts = np.concatenate([prompts, given[:, :n_given]], axis=1)
+    processors = tuple(logits_processors)
     tokens = torch.from_numpy(prompts).to(model.device)
     was_training = model.training
     model.eval()
@@ -139,8 +146,8 @@ def solve(
                     model.generate(
                         tokens[rows],
                         length - n_given,
-                        prefixes=_prefixes_of_rows(prefixes, rows, n_rows),
-                        logits_processors=logits_processors,
+                        prefixes=None if prefix is None else _of_rows(prefix, rows),
+                        logits_processors=processors,
                     )[:, prefix_padding + length :]
                 )
     finally:
@@ -149,15 +156,11 @@ def solve(
     return answers
 
 
-def _prefixes_of_rows(prefixes: Tensor | Prefix | None, rows: slice, n_rows: int) -> Tensor | Prefix | None:
+def _of_rows(prefix: Prefix, rows: slice) -> Prefix:
     """The prefixes of some of the rows, where each row has its own."""
-    if isinstance(prefixes, Prefix):
-        if prefixes.rows is not None:
-            return Prefix(prefixes.kind, prefixes.values, prefixes.rows[rows])
-        return prefixes if prefixes.n_prefixes == 1 else Prefix(prefixes.kind, prefixes.values[rows])
-    if prefixes is not None and prefixes.ndim == 4 and len(prefixes) == n_rows:
-        return Prefix("activation", prefixes[rows])
-    return prefixes
+    if prefix.rows is not None:
+        return Prefix(prefix.kind, prefix.values, prefix.rows[rows])
+    return prefix if prefix.n_prefixes == 1 else Prefix(prefix.kind, prefix.values[rows])
 
 
 @dataclass(frozen=True)

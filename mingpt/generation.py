@@ -74,6 +74,9 @@ def generate(
     if n_prompt <= n_prefix:
         raise ValueError(f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue")
 
+    if n_prefix >= model.block_size:
+        raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
+    processors = tuple(logits_processors)
     tokens = idx
     prefix_past = None if prefix is None else model.past_of_prefix(prefix)
     past, n_read = None, 0
@@ -86,7 +89,7 @@ def generate(
         logits, past = model.extend(window[:, n_read:], past)
         n_read = window.shape[1]
         logits = logits[:, -1].float()  # (B, V)
-        for process in logits_processors:
+        for process in processors:
             logits = process(tokens, logits)
         logits = logits / temperature
         if top_k is not None:
