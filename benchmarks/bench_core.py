@@ -110,7 +110,7 @@ def measurements() -> Iterator[tuple[str, Work, Work]]:
 def short(config, **changes):
     """A trainer's configuration for a few steps."""
     config = config.copy()
-    config.merge_from_dict({"max_iters": 3, "lr_schedule": "constant", **changes})
+    config.merge_from_dict({"max_iters": 3, "lr_schedule": "constant", "checkpoint_every": None, **changes})
     return config
 
 

@@ -62,13 +62,14 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
     """
     from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     header = {
         "format": FORMAT,
-        "checksum": checksum(tensors),
         "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "description": description,
     }
+    header["checksum"] = checksum(tensors, header)
     write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
 
 
@@ -87,15 +88,18 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
-    if header is None:
-        raise CheckpointError(f"{path}: field '{_HEADER}' is missing from its header, so this package did not write it")
+    if not isinstance(header, dict) or not {"format", "checksum", "versions", "description"} <= header.keys():
+        raise CheckpointError(
+            f"{path}: field '{_HEADER}' of its header is missing or incomplete; not written by mingpt"
+        )
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
-    if header["checksum"] != checksum(tensors):
-        raise CheckpointError(f"{path}: field 'checksum' does not match the tensors; the file is damaged")
+    found = header.pop("checksum")
+    if found != checksum(tensors, header):
+        raise CheckpointError(f"{path}: field 'checksum' does not match; the file is damaged")
     return tensors, header["description"] | {"versions": header["versions"]}
 
 
@@ -119,7 +123,7 @@ def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: s
         CheckpointError: naming the file and the first tensor that is missing, unknown, or of another shape.
     """
     own = module.state_dict()
-    for name in own.keys() | tensors.keys():
+    for name in {**own, **tensors}:
         if name not in tensors:
             raise CheckpointError(f"{path}: tensor '{name}' is missing")
         if name not in own:
@@ -134,6 +138,8 @@ def flatten_state(state: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
 
     def walk(node: Any, name: str) -> Any:
         if isinstance(node, Tensor):
+            while name in tensors:  # two paths may spell the same name, such as {"a": {"b": t}, "a.b": u}
+                name += "_"
             tensors[name] = node
             return {"tensor": name}
         if isinstance(node, Mapping):
@@ -156,11 +162,11 @@ def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton["value"]
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of tensors on the CPU, in hexadecimal."""
-    digest = hashlib.sha256()
+def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors on the CPU, and over JSON values, in hexadecimal."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

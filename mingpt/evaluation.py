@@ -65,6 +65,11 @@ class Score:
         }
 
     @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Score:
+        """Undo ``to_dict``."""
+        return cls(values["n_correct"], values["n_rows"], tuple(values["by_position"]))
+
+    @classmethod
     def of(cls, outputs: np.ndarray, solutions: np.ndarray) -> Score:
         """Compare outputs with solutions, (N, L) each."""
         is_right = outputs == solutions

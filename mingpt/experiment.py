@@ -70,19 +70,17 @@ PRESETS = {
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
         "trainer": {"max_iters": 30, "batch_size": 56, "warmup_iters": 5},
         "prefix": {"max_iters": 10, "batch_size": 4},
-        "evaluation": {"n_rows": 100},
+        "evaluation": {"n_rows": 100, "n_matrix_rows": 50},
     },
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
         "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 100},
         "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 100},
-        "evaluation": {"n_rows": 3200},
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
         "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 50},
         "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 50},
-        "evaluation": {"n_rows": 3200},
     },
 }
 """``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
@@ -107,7 +105,7 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
         model=CfgNode(n_layer=4, n_head=4, n_embd=256, dropout=0.0, skip_layer_norm=False).close(),
         trainer=trainer,
         prefix=prefix,
-        evaluation=CfgNode(n_rows=3200, precision="auto").close(),
+        evaluation=CfgNode(n_rows=3200, n_matrix_rows=400, precision="auto").close(),
     ).close()
     for group, values in PRESETS[preset].items():
         for key, value in values.items():
@@ -230,21 +228,40 @@ def train_prefixes(
 
 def evaluate_run(
     config: CfgNode, model: GPT, prefixes: Mapping[str, Tensor], tasks: Sequence[Task]
-) -> tuple[Score, AccuracyMatrix]:
-    """Score the model without a prefix on the pretraining tasks mixed, and every prefix, and none, on every task."""
-    options = {"n_rows": config.evaluation.n_rows, "precision": config.evaluation.precision}
-    mixed = evaluate(model, dataset(config, "test", PRETRAINING_TASKS), **options)
+) -> tuple[dict[str, Score], dict[str, Score], AccuracyMatrix]:
+    """Score the model with and without prefixes.
+
+    Args:
+        config: ``evaluation.n_rows`` rows for a score, ``evaluation.n_matrix_rows`` for a cell of the matrix.
+        model: of the run.
+        prefixes: by task name.
+        tasks: each with a prefix.
+
+    Returns:
+        The scores without a prefix, by task and of the seven pretraining tasks mixed; the scores of each task with its
+        prefix; and those of every prefix, and none, on every task.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=len(prefixes) + 1, disable=None, unit="prefix") as bar:
+    n_rows, precision = config.evaluation.n_rows, config.evaluation.precision
+    datasets = [dataset(config, "test", [task]) for task in tasks]
+    mixed = evaluate(model, dataset(config, "test", PRETRAINING_TASKS), n_rows=n_rows, precision=precision)
+    alone = accuracy_matrix(model, {"none": None}, datasets, n_rows, precision=precision)
+    without = {MIXED: mixed, **{name: alone["none", name] for name in alone.tasks}}
+    with_prefix = {}
+    with tqdm(total=2 * len(tasks) + 1, disable=None, unit="prefix") as bar:
+        for task, data in zip(tasks, datasets, strict=True):
+            with_prefix[str(task)] = evaluate(model, data, prefixes[str(task)], n_rows, precision=precision)
+            bar.update()
         matrix = accuracy_matrix(
             model,
             {"none": None, **prefixes},
-            [dataset(config, "test", [task]) for task in tasks],
+            datasets,
+            config.evaluation.n_matrix_rows,
             on_prefix=lambda _: bar.update(),
-            **options,
+            precision=precision,
         )
-    return mixed, matrix
+    return without, with_prefix, matrix
 
 
 def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
@@ -272,7 +289,7 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
     prefixes, prefix_seconds = train_prefixes(config, model, tasks, folder)
     logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
     start = time.perf_counter()
-    mixed, matrix = evaluate_run(config, model, prefixes, tasks)
+    without, with_prefix, matrix = evaluate_run(config, model, prefixes, tasks)
     evaluation_seconds = time.perf_counter() - start
     _, model_description = store.load_model(folder / "model.safetensors")
     results = {
@@ -283,12 +300,12 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
             "evaluation": evaluation_seconds,
         },
         "best_loss": best_loss(dataset(config, "test", PRETRAINING_TASKS)),
-        "mixed": mixed.to_dict(),
+        "mixed": without[MIXED].to_dict(),
         "tasks": {
             name: {
                 "group": group,
-                "without": matrix["none", name].to_dict(),
-                "with": matrix[name, name].to_dict(),
+                "without": without[name].to_dict(),
+                "with": with_prefix[name].to_dict(),
             }
             for group, names in GROUPS.items()
             for name in names
@@ -298,6 +315,14 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
     draw_figures(folder, model, prefixes, results, matrix)
     write_atomic(folder / "results.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def scores_of(results: Mapping[str, Any]) -> tuple[dict[str, Score], dict[str, Score]]:
+    """The scores in ``results``, by task: with its prefix, and without one."""
+    with_prefix, without = (
+        {name: Score.from_dict(row[kind]) for name, row in results["tasks"].items()} for kind in ("with", "without")
+    )
+    return with_prefix, without
 
 
 def draw_figures(
@@ -317,8 +342,7 @@ def draw_figures(
     folder = Path(folder)
     config = results["config"]
     n_rows = results["mixed"]["n_rows"]
-    with_prefix = {task: matrix[task, task] for task in matrix.tasks}
-    without = {task: matrix["none", task] for task in matrix.tasks}
+    with_prefix, without = scores_of(results)
     figures = {
         "matrix": draw.accuracy_matrix_figure(matrix, title="Every prefix on every task"),
         "prefix_effect": draw.prefix_effect_figure(with_prefix, without, GROUPS, title="What a prefix adds"),

@@ -86,7 +86,7 @@ def generate(
             n_read = n_prefix if prefix_past is not None else _n_shared(window)
             shared = prefix_past or model.extend(window[:1, :n_read])[1]
             past = _new_cache(shared, batch, min(n_prompt + max_new_tokens, model.block_size))
-        logits, past = model.extend(window[:, n_read:], past)
+        logits, past = model.extend(window[:, n_read:], past, n_last=1)
         n_read = window.shape[1]
         logits = logits[:, -1].float()  # (B, V)
         for process in processors:

@@ -70,19 +70,28 @@ class CausalSelfAttention(nn.Module):
         return keys, values
 
     def forward(
-        self, x: Tensor, past: LayerPast | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, LayerPast, Tensor]:
+        self,
+        x: Tensor,
+        past: LayerPast | None = None,
+        mask: Tensor | None = None,
+        n_last: int | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, LayerPast, Tensor | None]:
         """Attend.
 
         Args:
             x: (B, T, C) the content.
             past: keys and values of S earlier positions.
             mask: (T, S + T) of bool, true where a token must not look, or None where it may look everywhere.
+            n_last: how many last tokens look at all, T' of them; all T by default.
+            need_weights: return the attention weights too.
 
         Returns:
-            The output (B, T, C), the past of what may follow, and the attention weights (B, H, T, S + T).
+            The output (B, T', C), the past of what may follow, and the attention weights (B, H, T', S + T) or None.
         """
         queries, keys, values = self._split_heads(self.c_attn(x), 3)
+        if n_last is not None:
+            queries, mask = queries[:, :, -n_last:], None if mask is None else mask[-n_last:]
         new_past: LayerPast
         if isinstance(past, LayerCache):
             keys, values = past.append(keys, values)
@@ -92,13 +101,17 @@ class CausalSelfAttention(nn.Module):
                 keys = torch.cat([past[0].expand(len(x), -1, -1, -1), keys], dim=2)
                 values = torch.cat([past[1].expand(len(x), -1, -1, -1), values], dim=2)
             new_past = (keys, values)
-        # Written out, because at these lengths a fused kernel's backward pass is the slower one on a CPU.
-        scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])  # (B, H, T, S + T)
-        if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
-        weights = F.softmax(scores, dim=-1)
-        mixed = self.attn_dropout(weights) @ values  # (B, H, T, D)
-        out = self.c_proj(mixed.transpose(1, 2).reshape(x.shape))
+        weights = None
+        if need_weights or torch.is_grad_enabled() or self.training:
+            # Written out: at these lengths the fused kernel's backward pass is six times as slow on a CPU.
+            scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])  # (B, H, T', S + T)
+            if mask is not None:
+                scores = scores.masked_fill(mask, float("-inf"))
+            weights = F.softmax(scores, dim=-1)
+            mixed = self.attn_dropout(weights) @ values  # (B, H, T', D)
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, None if mask is None else ~mask)
+        out = self.c_proj(mixed.transpose(1, 2).flatten(2))
         return self.resid_dropout(out), new_past, weights
 
 
@@ -132,18 +145,24 @@ class Block(nn.Module):
         past: LayerPast | None = None,
         mask: Tensor | None = None,
         record: Record | None = None,
+        n_last: int | None = None,
     ) -> tuple[Tensor, LayerPast]:
-        """(B, T, C) to (B, T, C), with the past of what may follow; see CausalSelfAttention."""
-        out, new_past = self.attend(x, past, mask, record)
-        x = x + out
+        """(B, T, C) to (B, T', C), with the past of what may follow; see CausalSelfAttention."""
+        out, new_past = self.attend(x, past, mask, record, n_last)
+        x = x[:, -out.shape[1] :] + out
         return x + self.mlp(self.ln_2(x)), new_past
 
     def attend(
-        self, x: Tensor, past: LayerPast | None, mask: Tensor | None, record: Record | None
+        self,
+        x: Tensor,
+        past: LayerPast | None,
+        mask: Tensor | None,
+        record: Record | None = None,
+        n_last: int | None = None,
     ) -> tuple[Tensor, LayerPast]:
         """The block's first half: what attention adds to the residual stream ``x``."""
-        out, new_past, weights = self.attn(self.ln_1(x), past, mask)
-        if record is not None:
+        out, new_past, weights = self.attn(self.ln_1(x), past, mask, n_last, need_weights=record is not None)
+        if record is not None and weights is not None:
             record.append(("attention", weights.detach().float().cpu()))
             record.append(("attn_block_output", out.detach().float().cpu()))
         return out, new_past
@@ -222,6 +241,7 @@ class GPT(nn.Module):
         prefixes: Tensor | Prefix | None = None,
         activations_record: Record | None = None,
         n_shared: int = 0,
+        n_scored: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the token after each token.
 
@@ -232,10 +252,11 @@ class GPT(nn.Module):
             activations_record: a list that receives each layer's attention weights and attention outputs, with the
                 prefix positions included: zero there for kinds of prefix that have no queries of their own.
             n_shared: how many first tokens are the same in every row; they are computed once for the batch.
+            n_scored: how many last tokens predict something; the last layer skips the others.
 
         Returns:
-            The logits (B, T, V), zero at prefix positions, where nothing is predicted; and the mean cross-entropy
-            in nats over the scored targets, None without targets.
+            The logits (B, T, V), or (B, n_scored, V), zero at prefix positions, where nothing is predicted; and the
+            mean cross-entropy in nats over the scored targets, None without targets.
 
         Raises:
             ValueError: if there are more tokens than ``block_size``, or the prefix does not fit.
@@ -256,8 +277,10 @@ class GPT(nn.Module):
             before, past = self.extend(idx[:1, :n_past])
         else:
             before, past, n_past = None, None, 0
-        logits, _ = self.extend(idx[:, n_past:], past, record=record)
-        if before is not None:
+        logits, _ = self.extend(idx[:, n_past:], past, record=record, n_last=n_scored)
+        if n_scored is not None:
+            n_unscored, targets = 0, None if targets is None else targets[:, -n_scored:]
+        elif before is not None:
             logits = torch.cat([before.expand(batch, -1, -1), logits], dim=1)
         loss = None
         if targets is not None:
@@ -283,6 +306,7 @@ class GPT(nn.Module):
         past: Past | None = None,
         embeddings: Tensor | None = None,
         record: Record | None = None,
+        n_last: int | None = None,
     ) -> tuple[Tensor, Past]:
         """Read tokens after a past: the one way through the network.
 
@@ -290,18 +314,22 @@ class GPT(nn.Module):
             tokens: (B, T) the content, or None with ``embeddings`` (B, T, C) in the place of the tokens' own.
             past: the keys and values of the S positions before it.
             record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C).
+            n_last: how many last tokens to give logits of, all by default; the last layer does not look for the others.
 
         Returns:
-            The logits of the content (B, T, V), and the past of what may follow it.
+            The logits of the content (B, T, V), or (B, n_last, V), and the past of what may follow it.
         """
         start = n_positions(past)
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
         x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + n_tokens])
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = _causal_mask(n_tokens, start, x.device) if n_tokens > 1 else None
         new_past = []
         for layer, block in enumerate(self.blocks):
-            x, layer_past = block(x, None if past is None else past[layer], mask, record)
+            is_last = layer == self.config.n_layer - 1
+            x, layer_past = block(x, None if past is None else past[layer], mask, record, n_last if is_last else None)
             new_past.append(layer_past)
         return self.lm_head(self.transformer.ln_f(x)), new_past
 

@@ -56,6 +56,8 @@ def build_optimizer(model: Any, config: CfgNode) -> Any:
     everything = model.configure_optimizers(config)
     if config.optimizer == "adamw":
         return everything
+    if not hasattr(model, "transformer"):
+        raise ValueError(f"optimizer = 'muon' is for a GPT's blocks, {type(model).__name__} has none; use adamw")
     matrices = [m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
     chosen = {id(p) for p in matrices}
     for group in everything.param_groups:

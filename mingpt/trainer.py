@@ -140,10 +140,14 @@ class Trainer:
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The scalar to descend on."""
-        # The zeros before the content are the same in every row, so one row of them is enough.
-        n_shared = self.train_dataset.prefix_padding if isinstance(self.train_dataset, CustomDataset) else 0
-        arguments = {"n_shared": n_shared} if n_shared else {}
-        return self._forward(x, y, **arguments)[1]
+        return self._forward(x, y, **self._hints())[1]
+
+    def _hints(self) -> dict[str, int]:
+        """What the model need not find out: padding is the same in every row, and only solutions are scored."""
+        data = self.train_dataset
+        if not isinstance(data, CustomDataset) or not isinstance(self.model, GPT):
+            return {}
+        return {"n_shared": data.prefix_padding, "n_scored": data.length}
 
     def clip_gradients(self) -> None:
         """Scale the gradients down to a norm of at most ``grad_norm_clip``."""
@@ -158,6 +162,8 @@ class Trainer:
             CheckpointError: if that file is damaged or belongs to another run.
         """
         config = self.config
+        if config.checkpoint_every and not config.checkpoint_path:
+            raise ValueError("checkpoint_every is set and checkpoint_path is not; set both or neither")
         self.iter_num, self.seconds = 0, 0.0
         self._data_seed = int(torch.randint(2**62, ()))  # as minGPT's sampler, it follows set_seed
         self.optimizer = self.build_optimizer()
@@ -206,6 +212,7 @@ class Trainer:
                 dataset,
                 batch_sampler=indices,
                 num_workers=config.num_workers,
+                generator=torch.Generator().manual_seed(self._data_seed),  # else it draws from the global one
                 pin_memory=torch.cuda.is_available(),
             )
         )
@@ -254,12 +261,14 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         """What identifies the run: a checkpoint of one run does not resume another."""
         config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config.to_dict().items()}
-        model_config = getattr(self.model, "config", None)
+        model_config, data = getattr(self.model, "config", None), self.train_dataset
         return {
             "trainer": type(self).__name__,
             "recipe": {k: v for k, v in config.items() if k not in WATCHING} | {"precision": self.precision},
             "model": model_config.to_dict() if isinstance(model_config, CfgNode) else None,
-            "data": self.train_dataset.describe() if hasattr(self.train_dataset, "describe") else None,
+            "data": data.describe()
+            if hasattr(data, "describe")
+            else {"type": type(data).__name__, "n_examples": len(data)},
         }
 
     def save(self) -> None:
@@ -282,11 +291,13 @@ class Trainer:
         for field, expected in self.describe().items():
             checkpoint.require_equal(path, field, description.get(field), expected)
         state = description["state"]
-        for name, tensor in self.trained_tensors().items():
-            saved = tensors[f"trained.{name}"]
-            checkpoint.require_equal(path, f"{name}.shape", list(saved.shape), list(tensor.shape))
-            with torch.no_grad():
-                tensor.copy_(saved)
+        own = self.trained_tensors()
+        saved = {k.removeprefix("trained."): t for k, t in tensors.items() if k.startswith("trained.")}
+        shapes, own_shapes = ({name: list(t.shape) for name, t in each.items()} for each in (saved, own))
+        checkpoint.require_equal(path, "trained", shapes, own_shapes)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
         self.iter_num, self.seconds, self._data_seed = state["iter_num"], state["seconds"], state["data_seed"]
         torch.set_rng_state(tensors["rng.cpu"])
@@ -345,11 +356,18 @@ class PrefixTrainer(Trainer):
                 raise ValueError(
                     f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_positions} prefix positions"
                 )
+        if len({(getattr(d, "length", None), getattr(d, "prefix_padding", None)) for d in datasets}) > 1:
+            raise ValueError("prefixes that are trained together need datasets of one length and one prefix_padding")
         self.prefixes.requires_grad_()
         self._kind, self._shape = prefix.kind, prefix.values.shape  # the shape has the axis of K in front
+        self._n_scored = getattr(datasets[0], "length", None)
         self._rows = None
         if len(datasets) > 1:
             self._rows = torch.arange(len(datasets), device=self.device).repeat_interleave(config.batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        return super().describe() | {"kind": self._kind, "model_checksum": checkpoint.checksum(weights)}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         return {"prefixes": self.prefixes}
@@ -376,16 +394,17 @@ class PrefixTrainer(Trainer):
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes of each one's mean cross-entropy, in nats."""
         prefix = Prefix(self._kind, self.prefixes.view(self._shape), self._rows)
-        return self._forward(x, y, prefixes=prefix)[1]
+        return self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)[1]
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
         assert self.prefixes.grad is not None
         n_prefixes = self._shape[0]
-        gradient = self.prefixes.grad.view(n_prefixes, -1)
-        gradient *= n_prefixes  # the loss is the mean over prefixes, a lone prefix's is its own
+        # The loss is the mean over the prefixes; a lone prefix's is its own.
+        gradient = n_prefixes * self.prefixes.grad.reshape(n_prefixes, -1)
         norms = gradient.norm(dim=1, keepdim=True)
         gradient *= (self.config.grad_norm_clip / (norms + 1e-6)).clamp(max=1.0)
+        self.prefixes.grad.copy_(gradient.view_as(self.prefixes))
 
 
 def batch_end_callback(trainer: Trainer) -> None:

@@ -148,12 +148,14 @@ def test_a_state_of_other_optimizers_is_refused():
 
 def test_muons_update_has_the_size_of_adamws():
     """The scale that Liu et al. 2025 match: a root mean square of 0.2 of the learning rate, whatever the shape."""
-    model = new_model(n_embd=16)
+    model = new_model(n_layer=1, n_embd=128)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    step(model, build_optimizer(model, new_config(optimizer="muon", muon_learning_rate=0.1, weight_decay=0.0)), 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)  # of full rank, as one small batch's gradient is not
+    build_optimizer(model, new_config(optimizer="muon", muon_learning_rate=0.1, weight_decay=0.0)).step()
     for name, parameter in model.named_parameters():
         if is_block_matrix(name):
-            assert 0.1 * 0.1 < (parameter - before[name]).square().mean().sqrt() < 0.3 * 0.1, name
+            assert 0.13 * 0.1 < (parameter - before[name]).square().mean().sqrt() < 0.27 * 0.1, name
 
 
 def test_an_unknown_optimizer_is_named():

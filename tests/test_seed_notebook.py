@@ -30,14 +30,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def show(x, y):
     """An example as the notebook prints it."""
     inputs = "".join(map(lambda x: f"{x:>4}", x.tolist()[:10]))  # noqa: C417

@@ -27,15 +27,6 @@ LENGTH, NUM_DIGITS, PADDING = 4, 6, 3
 THREE_TASKS = (tasks.SortAscending(), tasks.InverseBinary(), tasks.Add1())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower on several threads, most of all when something else has the cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def new_dataset(*its_tasks, **options):
     options = {"length": LENGTH, "num_digits": NUM_DIGITS, "prefix_padding": PADDING} | options
     return CustomDataset("train", list(its_tasks or [tasks.SortAscending()]), **options)
@@ -483,6 +474,30 @@ def test_any_module_learns_any_map_style_dataset(precision):
     trainer.run()
     assert trainer.loss.item() < (1e-3 if precision == "float32" else 1e-2)
     assert next(model.parameters()).dtype == torch.float32
+
+
+class Counter(nn.Module):
+    """A language model that takes minGPT's two arguments and no more."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(NUM_DIGITS + 3, NUM_DIGITS + 3)
+
+    def configure_optimizers(self, config):
+        return torch.optim.AdamW(self.parameters(), lr=config.learning_rate)
+
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+@pytest.mark.parametrize("padding", [0, PADDING])
+def test_any_module_learns_a_custom_dataset(padding):
+    losses = []
+    trainer = Trainer(new_config(max_iters=40, learning_rate=0.1), Counter(), new_dataset(prefix_padding=padding))
+    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
+    trainer.run()
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
