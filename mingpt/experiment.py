@@ -74,13 +74,13 @@ PRESETS = {
     },
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
-        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 100},
-        "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 100},
+        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 50, "checkpoint_every": 100},
+        "prefix": {"max_iters": 700, "batch_size": 16, "checkpoint_every": 100},
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
-        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 100, "checkpoint_every": 50},
-        "prefix": {"max_iters": 500, "batch_size": 16, "checkpoint_every": 50},
+        "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 50, "checkpoint_every": 50},
+        "prefix": {"max_iters": 700, "batch_size": 16, "checkpoint_every": 50},
     },
 }
 """``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
@@ -95,7 +95,9 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; choose one of {', '.join(PRESETS)}")
     trainer = Trainer.get_default_config()
-    trainer.merge_from_dict({"optimizer": "muon", "learning_rate": 1e-3, "lr_schedule": "linear"})
+    trainer.merge_from_dict(
+        {"optimizer": "muon", "learning_rate": 1e-3, "lr_schedule": "linear", "decay_fraction": 0.8}
+    )
     prefix = Trainer.get_default_config()
     prefix.merge_from_dict({"learning_rate": 0.02, "lr_schedule": "linear", "decay_fraction": 1.0, "warmup_iters": 10})
     config = CfgNode(

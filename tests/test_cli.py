@@ -1,0 +1,150 @@
+"""The command line: what it prints, and that a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mingpt import cli
+from mingpt.tasks import SIMPLE_TASKS, Task
+
+TINY = [
+    *("--preset", "smoke", "--set", "model.n_embd=8", "--set", "trainer.max_iters=2", "--set", "prefix.max_iters=2"),
+    *("--set", "prefix.batch_size=2", "--set", "evaluation.n_rows=10", "--set", "evaluation.n_matrix_rows=5"),
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line; returns its exit code, what it printed and what it complained."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mingpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit_.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    command = [sys.executable, "-m", "mingpt", "reproduce", "--out", str(out), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "SortAscending+Add1" in done.stdout
+    assert "Warning" not in done.stderr
+    return out
+
+
+def test_the_same_command_again_says_that_it_is_done(run, folder):
+    code, out, _ = run("reproduce", "--out", folder, *TINY)
+    assert code == 0
+    assert "all seven mixed" in out
+
+
+def test_generate_answers_a_row(run, folder):
+    row = "6 2 7 6 7 5 3 6 6 10"
+    code, out, _ = run("generate", "--from", folder, "--task", "Add1", row)
+    assert code == 0
+    assert len(out.split()) == 10
+    assert all(0 <= int(word) < 13 for word in out.split())
+    assert run("generate", "--from", folder, "--sample", "--seed", 3, row) == run(
+        "generate", "--from", folder, "--sample", "--seed", 3, row
+    )
+
+
+def test_eval_scores_the_named_tasks_or_all(run, folder):
+    code, out, _ = run("eval", "--from", folder, "--rows", 10, "Add1", "SortAscending+Add1")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["Add1", "SortAscending+Add1"]
+    assert len(run("eval", "--from", folder, "--rows", 3)[1].splitlines()) == 16
+    assert "/3 = " in run("eval", "--from", folder, "--rows", 3, "--without-prefix", "Add1")[1]
+
+
+def test_prefix_learns_one_more(run, folder):
+    code, out, _ = run("prefix", "Add1+Add1", "--out", folder, *TINY)
+    assert code == 0
+    assert (folder / "prefix_Add1+Add1.safetensors").exists()
+    assert out.startswith("Add1+Add1")
+
+
+def test_inspect_says_what_a_file_is(run, folder):
+    code, out, _ = run("inspect", folder / "prefixes.safetensors")
+    assert code == 0
+    assert '"kind": "prefixes"' in out
+    assert "(2, 10, 8)" in out
+
+
+def test_tasks_lists_each_with_a_right_sample(run):
+    code, out, _ = run("tasks")
+    assert code == 0
+    lines = out.splitlines()
+    for task in SIMPLE_TASKS:
+        (place,) = [i for i, line in enumerate(lines) if line.split(" ")[0] == str(task)]
+        given, solution = ([int(word) for word in side.split()] for side in lines[place + 1].split("->"))
+        assert Task.parse(str(task))(given).tolist() == solution
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frob"], "No such command 'frob'"),
+        (["reproduce", "--preset", "smok"], "did you mean 'smoke'"),
+        (["reproduce", "--set", "trainer.max_iter=3"], "did you mean 'max_iters'"),
+        (["reproduce", "--set", "trainer=3"], "is a group"),
+        (["reproduce", "--set", "nothing"], "--key=value"),
+        (["prefix"], "Missing argument 'TASK...'"),
+        (["prefix", "LessThan+Modulo"], "LessThan"),
+        (["prefix", "Sort"], "unknown task 'Sort'"),
+        (["generate", "1 2", "--from", "nowhere"], "no model in nowhere"),
+        (["inspect", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("1 2 3", "rows of 10 integers"), ("a b c d e f g h i j", "integers with spaces"), ("99 " * 10, "from 0 to 12")],
+)
+def test_a_row_that_the_model_cannot_read_is_refused(run, folder, row, message):
+    code, _, err = run("generate", "--from", folder, row)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) <= 2  # the model's size is logged first
+
+
+def test_a_task_without_a_prefix_is_refused(run, folder):
+    code, _, err = run("generate", "--from", folder, "--task", "Add1+Add1+Add1", "1 2 3 4 5 6 7 8 9 10")
+    assert code == 2
+    assert "no prefix for Add1+Add1+Add1" in err
+
+
+def test_a_damaged_file_is_one_line(run, folder, tmp_path):
+    damaged = tmp_path / "model.safetensors"
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    code, _, err = run("eval", "--from", tmp_path)
+    assert code == 2
+    assert "model.safetensors: field 'checksum'" in err
+
+
+def test_help_reads_well(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("reproduce", "pretrain", "prefix", "eval", "generate", "tasks"):
+        assert f"\n  {command} " in out
+    assert max(map(len, out.splitlines())) <= 100
