@@ -75,12 +75,12 @@ PRESETS = {
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
         "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 50, "checkpoint_every": 100},
-        "prefix": {"max_iters": 700, "batch_size": 16, "checkpoint_every": 100},
+        "prefix": {"max_iters": 600, "batch_size": 32, "checkpoint_every": 100},
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
         "trainer": {"max_iters": 1000, "batch_size": 224, "warmup_iters": 50, "checkpoint_every": 50},
-        "prefix": {"max_iters": 700, "batch_size": 16, "checkpoint_every": 50},
+        "prefix": {"max_iters": 600, "batch_size": 32, "checkpoint_every": 50},
     },
 }
 """``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
