@@ -334,7 +334,7 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
 
         figure = plt.figure(**size)
         if "inline" in plt.get_backend():
-            setattr(figure, "_ipython_display_", partial(_show_once, figure))  # noqa: B010 (IPython's hook)
+            setattr(figure, "_ipython_display_", partial(_take_from_pyplot, figure))  # noqa: B010 (IPython's hook)
     else:
         figure = Figure(**size)
     if title:
@@ -342,12 +342,18 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _show_once(figure: Figure) -> None:
-    """Called when the figure is a cell's value: pyplot shows it at the end of the cell in which it was drawn."""
+def _take_from_pyplot(figure: Figure) -> None:
+    """Called when a notebook is about to show the figure: pyplot, which would show it again, must let go of it."""
     import matplotlib.pyplot as plt
+    from IPython.display import display  # present, since IPython is the caller
 
-    if figure not in map(plt.figure, plt.get_fignums()):
-        raise NotImplementedError  # how IPython is told to show it as it shows any figure
+    waiting = [plt.figure(number) for number in plt.get_fignums()]
+    if figure in waiting:
+        plt.close(figure)
+        for earlier in waiting[: waiting.index(figure)]:  # shown first, in the order in which they were drawn
+            plt.close(earlier)
+            display(earlier)
+    raise NotImplementedError  # how IPython is told to show it as it shows any figure
 
 
 def _heatmap(

@@ -4,6 +4,7 @@ import builtins
 import itertools
 import subprocess
 import sys
+import warnings
 
 import matplotlib
 import numpy as np
@@ -365,16 +366,32 @@ def test_outside_of_a_notebook_pyplot_keeps_nothing_and_the_style_stays():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_notebook_shows_a_figure_at_the_end_of_its_cell_and_again_when_asked_later(monkeypatch):
+def test_a_notebook_shows_every_figure_once_and_in_order(monkeypatch):
     import matplotlib.pyplot as plt
 
+    shown = []
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     monkeypatch.setattr(plt, "get_backend", lambda: "inline")
+    ipython_display = pytest.importorskip("IPython.display")
+    monkeypatch.setattr(ipython_display, "display", shown.append)
     figures = [learning_curves({"a": [{"iter": 1, "loss": 1.0}]}) for _ in range(3)]
-    assert [plt.figure(number) for number in plt.get_fignums()] == figures  # pyplot shows these, so IPython need not
-    assert vars(figures[1])["_ipython_display_"]() is None
-    plt.close(figures[1])  # what the inline backend does once it has shown them
-    with pytest.raises(NotImplementedError):  # IPython then shows it itself
-        vars(figures[1])["_ipython_display_"]()
-    assert vars(figures[2])["_ipython_display_"]() is None
+    assert len(plt.get_fignums()) == 3
+    for _ in range(2):
+        with pytest.raises(NotImplementedError):  # IPython then shows it itself
+            vars(figures[1])["_ipython_display_"]()
+        assert shown == figures[:1]
+        assert [plt.figure(number) for number in plt.get_fignums()] == figures[2:]
     plt.close("all")
+
+
+def test_a_kernel_shows_a_figure_as_an_image():
+    """What the fakes above cannot tell: flushing at the end of a cell asks the figure itself to be displayed."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    draw = 'learning_curves({"a": [{"iter": 1, "loss": 1.0}]})'
+    cells = ["from mingpt.visualization import learning_curves", draw, f"{draw}\n{draw}", f"figure = {draw}", "figure"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the client's own
+        nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    n_images = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in notebook.cells]
+    assert n_images == [0, 1, 2, 1, 1]
