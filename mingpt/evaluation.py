@@ -157,8 +157,7 @@ def solve(
                 )
     finally:
         model.train(was_training)
-    answers = torch.cat(outputs).cpu().numpy()
-    return answers
+    return torch.cat(outputs).cpu().numpy()
 
 
 def _of_rows(prefix: Prefix, rows: slice) -> Prefix:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mingpt import store
-from mingpt.checkpoint import write_atomic
+from mingpt.checkpoint import load_checkpoint, write_atomic
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, best_loss, evaluate
 from mingpt.model import GPT, Record
@@ -293,7 +293,7 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
     start = time.perf_counter()
     without, with_prefix, matrix = evaluate_run(config, model, prefixes, tasks)
     evaluation_seconds = time.perf_counter() - start
-    _, model_description = store.load_model(folder / "model.safetensors")
+    _, model_description = load_checkpoint(folder / "model.safetensors")
     results = {
         "config": config.to_dict(),
         "seconds": {

@@ -31,15 +31,6 @@ from mingpt.utils import CfgNode
 P, L = 3, 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads wait for each other more than they work, several times as long on shared cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def make_dataset(task, **arguments):
     return CustomDataset("test", tasks=[task], **{"length": L, "num_digits": 6, "prefix_padding": P} | arguments)
 

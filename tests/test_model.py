@@ -20,15 +20,6 @@ B, T, L, H, C, V, BLOCK = 3, 11, 2, 4, 24, 11, 13  # random_model's sizes
 SHARED = 5  # first tokens that are the same in every row
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads wait for each other more than they work, several times as long on shared cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def make_config(**values):
     config = GPT.get_default_config()
     sizes = {"n_layer": L, "n_head": H, "n_embd": C, "vocab_size": V, "block_size": BLOCK}

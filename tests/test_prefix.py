@@ -20,15 +20,6 @@ SHAPES = {"activation": (L, P, C), "key_value": (L, 2, P, C), "prompt": (P, C)}
 KINDS = sorted(SHAPES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At these sizes threads wait for each other more than they work, several times as long on shared cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def random_tokens(n_rows=B, n_tokens=T, seed=1):
     return torch.randint(V, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
