@@ -384,8 +384,9 @@ def test_a_notebook_shows_every_figure_once_and_in_order(monkeypatch):
     plt.close("all")
 
 
-def test_a_kernel_shows_a_figure_as_an_image():
+def test_a_kernel_shows_a_figure_as_an_image(monkeypatch):
     """What the fakes above cannot tell: flushing at the end of a cell asks the figure itself to be displayed."""
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses its own
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     draw = 'learning_curves({"a": [{"iter": 1, "loss": 1.0}]})'
     cells = ["from mingpt.visualization import learning_curves", draw, f"{draw}\n{draw}", f"figure = {draw}", "figure"]
