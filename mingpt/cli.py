@@ -128,7 +128,7 @@ def prefix(
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
     experiment.claim(config, out)
-    model = experiment.pretrain(config, out)
+    model, _ = experiment.pretrain(config, out)
     file = name or "prefix_" + "_".join(map(str, parsed))
     prefixes, seconds = experiment.train_prefixes(config, model, parsed, out, file)
     for task in parsed:

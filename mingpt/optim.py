@@ -44,7 +44,8 @@ def build_optimizer(model: Any, config: CfgNode) -> Any:
     """The optimizer that ``config.optimizer`` names.
 
     "adamw" is the model's own ``configure_optimizers`` (minGPT's hook). "muon" updates the matrices of the
-    transformer's blocks with Muon, at ``config.muon_learning_rate``, and the rest as "adamw" does.
+    transformer's blocks with Muon, at ``config.muon_learning_rate`` with ``config.muon_momentum``, and the rest as
+    "adamw" does.
 
     Raises:
         ValueError: for another name.
@@ -65,6 +66,7 @@ def build_optimizer(model: Any, config: CfgNode) -> Any:
     muon = torch.optim.Muon(
         matrices,
         lr=config.muon_learning_rate,
+        momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingpt import checkpoint
@@ -57,9 +58,11 @@ class Trainer:
             num_workers: processes that make batches; 0 makes them in this one, which is fastest for CustomDataset.
             max_iters: when to stop; None goes on for ever.
             batch_size, learning_rate, betas, weight_decay (on weights of linear layers), grad_norm_clip: as in minGPT.
-            optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate.
+            optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate with muon_momentum.
             lr_schedule: "constant", "linear" or "cosine", a decay over the last decay_fraction of the run.
             warmup_iters: iterations of linear warm-up.
+            converged_loss: of prefixes trained together, one whose smoothed loss (nats per scored token) falls below
+                this has converged: it stays as it is, and its rows go to the others. 0 is never.
             precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
             compile: pass the model through torch.compile.
             checkpoint_path: a file that a run is resumed from where it exists, and saved to every checkpoint_every
@@ -79,9 +82,11 @@ class Trainer:
             grad_norm_clip=1.0,
             optimizer="adamw",
             muon_learning_rate=5e-3,
+            muon_momentum=0.95,
             lr_schedule="constant",
             warmup_iters=0,
             decay_fraction=0.4,
+            converged_loss=0.0,
             precision="auto",
             compile=False,
             checkpoint_path=None,
@@ -149,6 +154,10 @@ class Trainer:
             return {}
         return {"n_shared": data.prefix_padding, "n_scored": data.length}
 
+    def is_finished(self) -> bool:
+        """Whether there is no further iteration to do."""
+        return self.config.max_iters is not None and self.iter_num >= self.config.max_iters
+
     def clip_gradients(self) -> None:
         """Scale the gradients down to a norm of at most ``grad_norm_clip``."""
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip)
@@ -175,9 +184,9 @@ class Trainer:
         self.set_mode()
         with self._watch() as report:
             self.iter_time = time.perf_counter()
-            for x, y in self._batches():
-                if config.max_iters is not None and self.iter_num >= config.max_iters:
-                    break
+            batches = self._batches()
+            while not self.is_finished():
+                x, y = next(batches)
                 self._step(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
                 self.trigger_callbacks("on_batch_end")
                 self.iter_num += 1
@@ -309,7 +318,8 @@ class PrefixTrainer(Trainer):
     """Trains one prefix, or several at once, for a model that stays as it is.
 
     Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added and
-    their gradients clipped one by one, so each ends as if it had been trained alone.
+    their gradients clipped one by one, so each ends as if it had been trained alone; with ``converged_loss``, those
+    that have not converged share the rows of those that have.
     """
 
     def __init__(
@@ -333,7 +343,9 @@ class PrefixTrainer(Trainer):
         """
         is_joint = isinstance(train_dataset, Sequence)
         datasets = list(train_dataset) if isinstance(train_dataset, Sequence) else [train_dataset]
-        super().__init__(config, model, _JointDataset(datasets) if is_joint else train_dataset)
+        super().__init__(
+            config, model, _JointDataset(datasets, bool(config.converged_loss)) if is_joint else datasets[0]
+        )
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
             prefix = prefixes
@@ -359,18 +371,20 @@ class PrefixTrainer(Trainer):
         if len({(getattr(d, "length", None), getattr(d, "prefix_padding", None)) for d in datasets}) > 1:
             raise ValueError("prefixes that are trained together need datasets of one length and one prefix_padding")
         self.prefixes.requires_grad_()
+        if config.converged_loss and (config.num_workers or not is_joint):
+            raise ValueError(
+                "converged_loss needs a list of datasets and num_workers = 0: which rows are next depends on the losses"
+            )
         self._kind, self._shape = prefix.kind, prefix.values.shape  # the shape has the axis of K in front
         self._n_scored = getattr(datasets[0], "length", None)
-        self._rows = None
-        if len(datasets) > 1:
-            self._rows = torch.arange(len(datasets), device=self.device).repeat_interleave(config.batch_size)
+        self._n_prefixes = len(datasets)
 
     def describe(self) -> dict[str, Any]:
         weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         return super().describe() | {"kind": self._kind, "model_checksum": checkpoint.checksum(weights)}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        return {"prefixes": self.prefixes}
+        return {"prefixes": self.prefixes} | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -382,6 +396,9 @@ class PrefixTrainer(Trainer):
 
     def run(self) -> None:
         """Train the prefixes; the model's weights get no gradient and do not change."""
+        # Each prefix's loss, smoothed from 1 nat on, so that none converges in the first iterations; 0 once it has.
+        self._smoothed_loss = torch.ones(self._n_prefixes, device=self.device)
+        self._share_rows()
         required = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in required:
             parameter.requires_grad_(False)
@@ -391,17 +408,47 @@ class PrefixTrainer(Trainer):
             for parameter in required:
                 parameter.requires_grad_(True)
 
+    def is_finished(self) -> bool:
+        return super().is_finished() or not self._learning
+
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean over the prefixes of each one's mean cross-entropy, in nats."""
+        """The mean over the prefixes that are learning of each one's mean cross-entropy, in nats."""
         prefix = Prefix(self._kind, self.prefixes.view(self._shape), self._rows)
-        return self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)[1]
+        logits, loss = self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)
+        if self.config.converged_loss:
+            with torch.no_grad():
+                scored = y[:, -logits.shape[1] :].flatten()
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), scored, reduction="none")
+                own = losses.view(len(self._learning), -1).mean(dim=1)
+                self._smoothed_loss[self._learning] = self._smoothed_loss[self._learning].lerp(own, 0.1)
+        return loss
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        super()._step(x, y)
+        if self.config.converged_loss and (self.iter_num + 1) % 10 == 0:  # seldom, a GPU has to be waited for
+            converged = self._smoothed_loss < self.config.converged_loss
+            self._smoothed_loss[converged] = 0
+            # Without a gradient and without momentum, Adam leaves a prefix as it is.
+            self.optimizer.state[self.prefixes]["exp_avg"][converged] = 0
+            self._share_rows()
+
+    def _resume(self, path: str | Path) -> None:
+        super()._resume(path)
+        self._share_rows()
+
+    def _share_rows(self) -> None:
+        """Have the batches made of rows of the prefixes that are learning."""
+        self._learning, self._rows = self._smoothed_loss.nonzero().flatten().tolist(), None
+        if self._n_prefixes > 1 and self._learning:
+            self.train_dataset.chosen = self._learning
+            n_rows = self.train_dataset.n_rows(self.config.batch_size)
+            self._rows = torch.tensor(self._learning, device=self.device).repeat_interleave(n_rows)
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
         assert self.prefixes.grad is not None
-        n_prefixes = self._shape[0]
-        # The loss is the mean over the prefixes; a lone prefix's is its own.
-        gradient = n_prefixes * self.prefixes.grad.reshape(n_prefixes, -1)
+        # The loss is the mean over the prefixes that learn; a lone prefix's is its own.
+        gradient = len(self._learning) * self.prefixes.grad.reshape(self._n_prefixes, -1)
         norms = gradient.norm(dim=1, keepdim=True)
         gradient *= (self.config.grad_norm_clip / (norms + 1e-6)).clamp(max=1.0)
         self.prefixes.grad.copy_(gradient.view_as(self.prefixes))
@@ -435,13 +482,24 @@ class _IndexBatches:
 
 
 class _JointDataset:
-    """The same examples of each of K datasets, grouped by dataset: n indices are K * n examples."""
+    """The same examples of each of K datasets, grouped by dataset: n indices are K * n examples.
 
-    def __init__(self, datasets: Sequence[CustomDataset]):
-        self.datasets = datasets
+    Where only some of the datasets are ``chosen``, they share the examples of the others; so that none is repeated,
+    ``is_shared`` numbers them with enough room between two batches.
+    """
+
+    def __init__(self, datasets: Sequence[CustomDataset], is_shared: bool):
+        self.datasets, self.chosen = datasets, list(range(len(datasets)))
+        self.stride = len(datasets) if is_shared else 1
+
+    def n_rows(self, batch_size: int) -> int:
+        """How many examples a chosen dataset has in a batch."""
+        return batch_size * len(self.datasets) // len(self.chosen)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        batches = [dataset.batch(indices) for dataset in self.datasets]
+        first = indices[0] * self.stride
+        own = range(first, first + self.n_rows(len(indices)))
+        batches = [self.datasets[number].batch(own) for number in self.chosen]
         return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:

@@ -22,7 +22,7 @@ from mingpt.model import GPT
 from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import set_seed
 
-KINDS = ("muon", "map", "joint")
+KINDS = ("muon", "map", "joint", "shared")
 N_ITERS = 40
 CHECKPOINT_EVERY = 4
 LOG_EVERY = 3
@@ -72,10 +72,15 @@ def build_trainer(kind, folder, num_workers=0):
     model_config.n_layer, model_config.n_head, model_config.n_embd = 2, 2, 16
     model_config.vocab_size, model_config.block_size = mixture.get_vocab_size(), mixture.get_block_size()
     model_config.embd_pdrop = model_config.resid_pdrop = model_config.attn_pdrop = 0.2
-    if kind == "joint":
+    if kind in ("joint", "shared"):
+        config.learning_rate, config.converged_loss = 0.05, 2.0 if kind == "shared" else 0.0
         state = torch.get_rng_state()
         set_seed(0)
         model = GPT(model_config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter *= 8  # at GPT-2's initialisation a small model hardly reacts to anything
         torch.set_rng_state(state)
         datasets = [CustomDataset("train", [task], **options) for task in some_tasks]
         prefixes = torch.randn((2, 2, 2, 16), requires_grad=True)

@@ -1,5 +1,6 @@
 """The training loop: minGPT's behaviour, exact resumption, and prefixes trained together as if alone."""
 
+import itertools
 import json
 import os
 import random
@@ -166,7 +167,7 @@ def test_a_killed_run_resumes_bit_identically(launcher, uninterrupted, tmp_path,
     check_same_result(tmp_path, uninterrupted(kind))
 
 
-@pytest.mark.parametrize("kind", resume_script.KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in resume_script.KINDS if kind != "shared"])
 def test_the_number_of_workers_does_not_matter(launcher, uninterrupted, tmp_path, kind):
     moment = resume_script.CHECKPOINT_EVERY + 2
     launcher.run_and_kill(moment, 0.001, kind=kind, folder=tmp_path, seed=0, num_workers=2)
@@ -175,6 +176,8 @@ def test_the_number_of_workers_does_not_matter(launcher, uninterrupted, tmp_path
 
 
 def test_the_reference_run_is_worth_comparing_with(uninterrupted):
+    losses = checkpoint.load_checkpoint(uninterrupted("shared") / "run.safetensors")[0]["trained.loss"]
+    assert [loss > 0 for loss in losses.tolist()] == [True, False]  # the second prefix converged
     for kind in resume_script.KINDS:
         result = result_of(uninterrupted(kind))
         iterations = result["iterations"].values()
@@ -890,6 +893,57 @@ def test_joint_batches_are_each_datasets_own():
         own = [dataset.batch(range(4 * iteration, 4 * iteration + 4)) for dataset in datasets]
         assert torch.equal(x, torch.cat([x for x, _ in own]))
         assert torch.equal(y, torch.cat([y for _, y in own]))
+
+
+def test_a_converged_prefix_stays_and_gives_its_rows_away():
+    """Of three prefixes InverseBinary's converges; its rows are shared by the others, and no row is used twice."""
+    seen, values = [], []
+    model, datasets = new_model(gain=20.0), [new_dataset(task) for task in THREE_TASKS]
+    model.register_forward_pre_hook(lambda module, args: seen.append(args))
+    set_seed(3)
+    prefixes = torch.randn(3, 2, PADDING, 16, requires_grad=True)
+    config = new_config(max_iters=60, batch_size=4, learning_rate=0.2, converged_loss=1.69)
+    trainer = PrefixTrainer(config, model, datasets, prefixes)
+    trainer.add_callback("on_batch_end", lambda _: values.append(prefixes.detach().clone()))
+    trainer.run()
+    n_rows = [len(x) for x, _ in seen]
+    assert n_rows == [12] * 60  # all of the batch, whoever has it
+    is_still = [[torch.equal(before[k], after[k]) for before, after in itertools.pairwise(values)] for k in range(3)]
+    assert not any(is_still[0])
+    assert not any(is_still[2])
+    end = is_still[1].index(True) + 1  # the first iteration that leaves InverseBinary's as it is
+    assert end % 10 == 0
+    assert 0 < end < 60
+    assert all(is_still[1][end - 1 :])
+    for iteration, (x, y) in enumerate(seen):
+        chosen = datasets if iteration < end else [datasets[0], datasets[2]]
+        own = [dataset.batch(range(12 * iteration, 12 * iteration + 12 // len(chosen))) for dataset in chosen]
+        assert torch.equal(x, torch.cat([x for x, _ in own]))
+        assert torch.equal(y, torch.cat([y for _, y in own]))
+    # The loss is still each one's own: what the gradient of an average over two of three would be.
+    prefix = Prefix("activation", values[-2], torch.tensor([0, 2]).repeat_interleave(6))
+    logits, _ = new_model(gain=20.0).eval()(seen[-1][0], prefixes=prefix)
+    own = torch.nn.functional.cross_entropy(logits[:, -LENGTH:].flatten(0, 1), seen[-1][1][:, -LENGTH:].flatten())
+    assert trainer.loss.item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_training_ends_when_every_prefix_has_converged():
+    prefixes = torch.randn(2, 2, PADDING, 16, requires_grad=True)
+    datasets = [new_dataset(task) for task in THREE_TASKS[:2]]
+    trainer = PrefixTrainer(new_config(max_iters=50, converged_loss=100.0), new_model(), datasets, prefixes)
+    trainer.run()
+    assert trainer.iter_num == 10
+    trainer.run()  # starts over
+    assert trainer.iter_num == 10
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"is_list": False}])
+def test_sharing_rows_is_refused_where_it_cannot_be(options):
+    is_list = options.pop("is_list", True)
+    datasets, prefixes = ([new_dataset()], new_prefix()[None]) if is_list else (new_dataset(), new_prefix())
+    prefixes = prefixes.detach().requires_grad_()
+    with pytest.raises(ValueError, match="converged_loss"):
+        PrefixTrainer(new_config(converged_loss=0.1, **options), new_model(), datasets, prefixes)
 
 
 def build_wrong(case):
