@@ -77,7 +77,8 @@ class Prefix:
         """Give each row its own prefix's past: (K, H, P, D) to (B, H, P, D), unchanged without ``rows``."""
         if self.rows is None:
             return past
-        return [(keys[self.rows], values[self.rows]) for keys, values in past]
+        # Not keys[rows]: on a CPU the backward pass of indexing takes nine times as long as index_select's.
+        return [(keys.index_select(0, self.rows), values.index_select(0, self.rows)) for keys, values in past]
 
 
 def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: int) -> Prefix:

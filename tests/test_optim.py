@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mingpt.model import GPT
-from mingpt.optim import SCHEDULES, ChainedOptimizer, build_optimizer, learning_rate_factor
+from mingpt.optim import SCHEDULES, ChainedOptimizer, Muon, build_optimizer, learning_rate_factor
 from mingpt.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.trainer import Trainer
 
@@ -79,12 +79,12 @@ def test_muon_has_exactly_the_matrices_of_the_blocks():
     config = new_config(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.02)
     optimizer = build_optimizer(model, config)
     kinds = [type(one) for one in optimizer.optimizers for _ in one.param_groups]
-    found = dict.fromkeys((torch.optim.Muon, torch.optim.AdamW), frozenset())
+    found = dict.fromkeys((Muon, torch.optim.AdamW), frozenset())
     for kind, (group, members) in zip(kinds, groups_by_name(model, optimizer), strict=True):
         found[kind] |= set(members)
-        assert group["lr"] == (0.02 if kind is torch.optim.Muon else 0.01)
-    assert found[torch.optim.Muon] == {name for name, _ in model.named_parameters() if is_block_matrix(name)}
-    assert len(found[torch.optim.Muon]) == 2 * 4
+        assert group["lr"] == (0.02 if kind is Muon else 0.01)
+    assert found[Muon] == {name for name, _ in model.named_parameters() if is_block_matrix(name)}
+    assert len(found[Muon]) == 2 * 4
 
 
 def test_every_parameter_is_stepped():
@@ -144,6 +144,32 @@ def test_a_state_of_other_optimizers_is_refused():
     state["optimizers"].pop()
     with pytest.raises(ValueError, match="zip"):
         chained.load_state_dict(state)
+
+
+@pytest.mark.parametrize("momentum", [0.95, 0.5])
+def test_muon_is_torchs(momentum):
+    """One batch of products for all matrices of a shape, or of its transpose, rounds as one product after another."""
+    shapes = [(24, 8), (8, 8), (8, 24), (8, 8), (16, 8), (24, 8)]
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+
+    def train(build):
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        unused = nn.Parameter(torch.ones(3, 3))
+        optimizer = build([*parameters, unused])
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(unused, torch.ones(3, 3))
+        return parameters
+
+    ours = train(lambda params: Muon(params, 0.1, momentum, 0.3))
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = train(lambda params: torch.optim.Muon(params, **options))
+    for own, other, first in zip(ours, theirs, start, strict=True):
+        assert (own - other).norm() < 0.01 * (other - first).norm()
 
 
 def test_muons_update_has_the_size_of_adamws():
