@@ -74,12 +74,12 @@ PRESETS = {
     },
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
-        "trainer": {"max_iters": 600, "batch_size": 224, "checkpoint_every": 100},
+        "trainer": {"max_iters": 700, "batch_size": 224, "checkpoint_every": 100},
         "prefix": {"max_iters": 300, "batch_size": 16, "checkpoint_every": 100},
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
-        "trainer": {"max_iters": 600, "batch_size": 224, "checkpoint_every": 50},
+        "trainer": {"max_iters": 700, "batch_size": 224, "checkpoint_every": 50},
         "prefix": {"max_iters": 300, "batch_size": 16, "checkpoint_every": 50},
     },
 }
