@@ -22,7 +22,8 @@ check: $(VENV)/.installed-dev  ## what CI checks: format, lint, types, tests
 notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a quick look
 	$(BIN)/python notebooks/run.py
 
-bench: $(VENV)/.installed-dev  ## the ratios of the README, in turn in one process
+bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process
+	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/bench_core.py
 
 $(VENV)/bin/python:

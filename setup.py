@@ -29,6 +29,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=4.50"],
+        "bench": ["transformers>=4.50", "peft>=0.14"],
         "notebooks": ["jupyterlab>=4"],
         "dev": [
             "pytest>=8",

@@ -1,30 +1,43 @@
-"""The package against the ancestor's loop (tests/reference.py), in turn in one process, as ratios.
+"""Every claim of speed, as a ratio: the package and its peers, in turn in one process, on the same work.
 
-The ancestor reads the whole sequence with the prefix spliced in, for every row, in float32, trains one prefix at a time
-on batches of 64 and evaluates batches of 100 without a cache. Each measurement is of the same work: seconds a row.
+    python benchmarks/bench_core.py [--rounds 5] [--precision float32] [--run runs/laptop] [--json FILE]
 
-    python benchmarks/bench_core.py [--rounds 7] [--json FILE]
+The peers:
+    reference     tests/reference.py, what minGPT and its prefix-tuning descendants do: the whole sequence with the
+                  prefix spliced in, for every row, in float32, one prefix at a time on batches of 64, no cache
+    transformers  Hugging Face's GPT-2 of the same size, in the package's precision; PEFT's prefix tuning of it
+    encoder       a plain loop over nn.TransformerEncoderLayer, in the package's precision
+and the limit, the rate at which torch multiplies the model's own matrices in that precision.
+
+A time is of one row of the work; a ratio is a peer's time by the package's, the median of the rounds with the smallest
+and the largest. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
+import logging
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import peers
 from reference import ReferenceLoop, reference_generate, reference_rows
 
 from mingpt import experiment
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import solve
+from mingpt.evaluation import accuracy_matrix, solve
 from mingpt.precision import resolve_precision
 from mingpt.prefix import initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
@@ -33,98 +46,161 @@ from mingpt.trainer import PrefixTrainer, Trainer
 Work = tuple[Callable[[], object], int]
 """What to time, and how many rows it works on."""
 
+N_STEPS = 3
+"""Iterations of the package's own loop that are timed together."""
+
+PUBLISHED_ITERS = (100_000, 16 * 20_000)
+"""Of 64 rows: the seed notebook's pretraining, and its prefixes."""
+
 
 def main() -> None:
-    """Print a row for each measurement: both times, and the ratio with its smallest and largest value."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=7, help="times that each pair is measured in turn")
-    arguments.add_argument("--json", type=Path, help="a file for the figures")
-    options = arguments.parse_args()
-    precision = resolve_precision("auto", "cpu")
+    """Print a table of the measurements, and write them to a JSON file when asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="times that each work is measured in turn")
+    parser.add_argument("--precision", default="auto", help="of the package: float32, bfloat16 or auto")
+    parser.add_argument("--run", type=Path, help="a finished run of this machine, for the row of the whole experiment")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    options = parser.parse_args()
+    logging.disable(logging.INFO)
+    precision = resolve_precision(options.precision, "cpu")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {precision}; medians of {options.rounds} rounds"
     )
-    print(f"{'':34}{'reference':>12}{'package':>12}{'times as fast':>26}")
-    results = {}
-    for name, reference, ours in measurements():
-        pairs = [(seconds_per_row(reference), seconds_per_row(ours)) for _ in range(options.rounds + 1)][1:]
-        ratios = sorted(slow / fast for slow, fast in pairs)
-        slow, fast, ratio = (statistics.median(x) for x in (*zip(*pairs, strict=True), ratios))
-        spread = f"{ratio:.1f}  ({ratios[0]:.1f} - {ratios[-1]:.1f})"
-        print(f"{name:34}{_seconds(slow):>12}{_seconds(fast):>12}{spread:>26}", flush=True)
-        results[name] = {"reference": slow, "package": fast, "ratio": ratio, "ratios": ratios}
+    print(f"{'':30}{'package':>10}  times as fast as")
+    times: dict[str, dict[str, list[float]]] = {}
+    for name, works in measurements(precision):
+        rounds = [{who: seconds_per_row(work) for who, work in works.items()} for _ in range(options.rounds + 1)][1:]
+        times[name] = {who: [each[who] for each in rounds] for who in works}
+        print(format_row(name, times[name]), flush=True)
+    if options.run:
+        print(whole_experiment(options.run, times))
     if options.json:
-        options.json.write_text(json.dumps({"precision": precision, "seconds_per_row": results}, indent=1))
+        options.json.write_text(json.dumps({"precision": precision, "seconds_per_row": times}, indent=1))
 
 
-def measurements() -> Iterator[tuple[str, Work, Work]]:
-    """Yield each measurement's name, the reference's work and the package's, for the laptop preset."""
+def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
+    """Yield each measurement's name, and the work of the package and of each peer, for the laptop preset."""
     config = experiment.get_default_config("laptop")
+    config.trainer.precision = config.prefix.precision = precision
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
     mixed = experiment.dataset(config, "train", PRETRAINING_TASKS)
+    n_positions, length = config.data.prefix_size, config.data.length
+    has_transformers, has_peft = (importlib.util.find_spec(name) is not None for name in ("transformers", "peft"))
 
     fresh, fresh_reference = itertools.count(), itertools.count()
     yield (
-        "a row of data",
-        (lambda: reference_rows(mixed, [next(fresh_reference) for _ in range(256)]), 256),
-        (lambda: mixed.batch(range(8192 * (n := next(fresh)), 8192 * (n + 1))), 8192),
+        "data",
+        {
+            "package": (lambda: mixed.batch(range(8192 * (n := next(fresh)), 8192 * (n + 1))), 8192),
+            "reference": (lambda: reference_rows(mixed, [next(fresh_reference) for _ in range(256)]), 256),
+        },
     )
 
     model = experiment.build_model(config)
     old = ReferenceLoop(experiment.build_model(config), Trainer.get_default_config())
-    x, y = mixed.batch(range(64))
-    n_rows = config.trainer.batch_size
-    yield (
-        "a row of a pretraining step",
-        (lambda: old.step(x, y), 64),
-        (steps(Trainer(short(config.trainer), model, mixed)), 3 * n_rows),
-    )
+    x, y = mixed.batch(range(512))
+    works = {
+        "package": steps(Trainer(short(config.trainer, batch_size=512), model, mixed), 512),
+        "reference": (lambda: old.step(x[:64], y[:64]), 64),
+        "encoder": (peers.encoder_step(model.config, precision, x, y), 512),
+        "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 3), 512),
+    }
+    if has_transformers:
+        works["transformers"] = (peers.huggingface_step(model.config, precision, x, y), 512)
+    yield ("pretraining step, 512 rows", works)
 
     sort = experiment.dataset(config, "train", tasks[:1])
-    x1, y1 = sort.batch(range(64))
-    prefix = initial_prefix(model, config.data.prefix_size)
+    x1, y1 = sort.batch(range(512))
+    prefix = initial_prefix(model, n_positions)
     old_prefix = ReferenceLoop(experiment.build_model(config), Trainer.get_default_config(), prefix.detach().clone())
-    single = PrefixTrainer(short(config.prefix, batch_size=64), model, sort, prefix)
-    yield ("a row of a prefix step, 1 prefix", (lambda: old_prefix.step(x1, y1), 64), (steps(single), 3 * 64))
+    rivals = {
+        "reference": (lambda: old_prefix.step(x1[:64], y1[:64]), 64),
+        "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 2), 512),
+    }
+    if has_peft and has_transformers:
+        rivals["transformers"] = (peers.peft_step(model.config, precision, n_positions, x1, y1), 512)
+    single = PrefixTrainer(short(config.prefix, batch_size=512), model, sort, prefix)
+    yield ("1 prefix, 512 rows", {"package": steps(single, 512)} | rivals)
 
     values = prefix.detach().repeat(len(tasks), 1, 1, 1)
     datasets = [experiment.dataset(config, "train", [task]) for task in tasks]
-    joint = PrefixTrainer(short(config.prefix), model, datasets, values)
-    yield (
-        f"a row of a prefix step, {len(tasks)} prefixes",
-        (lambda: old_prefix.step(x1, y1), 64),
-        (steps(joint), 3 * len(tasks) * config.prefix.batch_size),
-    )
+    joint = PrefixTrainer(short(config.prefix, batch_size=512 // len(tasks)), model, datasets, values)
+    yield (f"{len(tasks)} prefixes, 512 rows", {"package": steps(joint, 512)} | rivals)
 
     inputs, _ = CustomDataset("test", tasks[:1]).rows(range(3200))
-    padding, learned = config.data.prefix_size, prefix.detach()
-    prompts = torch.cat([torch.zeros(100, padding, dtype=torch.int64), torch.from_numpy(inputs[:100])], dim=1)
+    learned = prefix.detach()
+    prompts = torch.cat([torch.zeros(3200, n_positions, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
     model.eval()
-    yield (
-        "a row of an evaluation",
-        (lambda: reference_generate(model, prompts, config.data.length, learned), 100),
-        (lambda: solve(model, inputs, padding, learned), 3200),
-    )
+    for n_rows in (100, 3200):
+        works = {
+            "package": (lambda n=n_rows: solve(model, inputs[:n], n_positions, learned, precision=precision), n_rows),
+            "reference": (lambda: reference_generate(model, prompts[:100], length, learned), 100),
+        }
+        if has_transformers:
+            decode = peers.huggingface_decode(model.config, precision, prompts[:n_rows], length)
+            works["transformers"] = (decode, n_rows)
+        yield (f"decode, {n_rows} rows", works)
+
+    tests = [experiment.dataset(config, "test", [task]) for task in tasks]
+    matrix = (lambda: accuracy_matrix(model, {"one": learned}, tests, 400, precision=precision), len(tasks) * 400)
+    yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": works["reference"]})
 
 
-def short(config, **changes):
+def matrix_products(model: Any, precision: str, n_tokens: int, n_times: int) -> Callable[[], object]:
+    """The products of tokens with the blocks' matrices and nothing else: what no implementation can leave out.
+
+    They are done three times for a step of the model: for the outputs, the inputs' gradient and the matrices'; and
+    twice for a step of a prefix.
+    """
+    dtype = getattr(torch, precision)
+    matrices = [m.weight.detach().to(dtype) for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
+    inputs = {n: torch.randn(n_tokens, n).to(dtype) for n in {matrix.shape[1] for matrix in matrices}}
+    return lambda: [F.linear(inputs[matrix.shape[1]], matrix) for _ in range(n_times) for matrix in matrices]
+
+
+def short(config: Any, **changes: Any) -> Any:
     """A trainer's configuration for a few steps."""
     config = config.copy()
-    config.merge_from_dict({"max_iters": 3, "lr_schedule": "constant", "checkpoint_every": None, **changes})
+    config.merge_from_dict({"max_iters": N_STEPS, "lr_schedule": "constant", "converged_loss": 0.0})
+    config.merge_from_dict({"checkpoint_every": None, "log_every": N_STEPS, **changes})
     return config
 
 
-def steps(trainer: Trainer) -> Callable[[], object]:
-    """Three iterations of the package's own loop, data included."""
-    return trainer.run
+def steps(trainer: Trainer, n_rows: int) -> Work:
+    """A few iterations of the package's own loop, data included."""
+    return trainer.run, N_STEPS * n_rows
 
 
 def seconds_per_row(work: Work) -> float:
     """Time it once."""
     call, n_rows = work
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) / n_rows
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.timeit(1).median / n_rows
+
+
+def format_row(name: str, seconds: dict[str, list[float]]) -> str:
+    """A line of the table: the package's time, and the ratio of each peer's to it."""
+    own = seconds["package"]
+    ratios = {
+        who: sorted(theirs / ours for theirs, ours in zip(values, own, strict=True))
+        for who, values in seconds.items()
+        if who != "package"
+    }
+    cells = (f"{who} {statistics.median(r):.3g} ({r[0]:.2g} - {r[-1]:.2g})" for who, r in ratios.items())
+    return f"{name:30}{_seconds(statistics.median(own)):>10}  {', '.join(cells)}"
+
+
+def whole_experiment(folder: Path, times: dict[str, dict[str, list[float]]]) -> str:
+    """A run's seconds beside what the reference would take for the published iterations of the same model."""
+    seconds = sum(json.loads((folder / "results.json").read_text())["seconds"].values())
+    stages = ("pretraining step, 512 rows", "1 prefix, 512 rows")
+    steps_of = [64 * statistics.median(times[stage]["reference"]) for stage in stages]
+    reference = sum(n * each for n, each in zip(PUBLISHED_ITERS, steps_of, strict=True))
+    return (
+        f"the whole experiment: {seconds:.0f} s; the reference's steps of {steps_of[0] * 1e3:.0f} and "
+        f"{steps_of[1] * 1e3:.0f} ms times the published iterations: {reference / 86400:.2f} days, "
+        f"{reference / seconds:.0f} times as long"
+    )
 
 
 def _seconds(value: float) -> str:

@@ -75,12 +75,12 @@ PRESETS = {
     "laptop": {
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
         "trainer": {"max_iters": 700, "batch_size": 224, "checkpoint_every": 100},
-        "prefix": {"max_iters": 300, "batch_size": 16, "checkpoint_every": 100},
+        "prefix": {"max_iters": 400, "batch_size": 16, "checkpoint_every": 100},
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
         "trainer": {"max_iters": 700, "batch_size": 224, "checkpoint_every": 50},
-        "prefix": {"max_iters": 300, "batch_size": 16, "checkpoint_every": 50},
+        "prefix": {"max_iters": 400, "batch_size": 16, "checkpoint_every": 50},
     },
 }
 """``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
@@ -100,7 +100,7 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     trainer.learning_rate = 2e-3
     prefix = Trainer.get_default_config()
     prefix.merge_from_dict({"lr_schedule": "linear", "warmup_iters": 10, "decay_fraction": 1.0})
-    prefix.merge_from_dict({"learning_rate": 0.02, "converged_loss": 1e-3})
+    prefix.merge_from_dict({"learning_rate": 0.02, "converged_loss": 5e-4})
     config = CfgNode(
         preset=preset,
         seed=0,

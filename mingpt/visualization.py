@@ -313,7 +313,7 @@ def learning_curves(
     ax.yaxis.set_minor_formatter("")
     ax.grid(color="0.92", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
