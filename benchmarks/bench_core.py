@@ -22,6 +22,7 @@ import json
 import logging
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the peers among themselves
     precision = resolve_precision(options.precision, "cpu")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {precision}; medians of {options.rounds} rounds"
