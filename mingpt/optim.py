@@ -34,8 +34,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - momentum)
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(buffer, momentum)
                 n_rows, n_columns = sorted(p.shape)
                 alike.setdefault((n_rows, n_columns), []).append((p, update if p.shape[0] == n_rows else update.T))
