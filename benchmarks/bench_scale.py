@@ -135,8 +135,8 @@ def draw(found: dict[str, Any]) -> Any:
     """Time above, memory below, an axis a column."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 * len(AXES), 6), layout="constrained")
-    panels = figure.subplots(2, len(AXES))
+    figure = Figure(figsize=(2.9 * len(AXES), 6), layout="constrained")
+    panels = figure.subplots(2, len(AXES), sharey="row")
     colors = {"model": "#c44e52", "prefix": "#4c72b0"}
     for column, (axis, (title, sizes)) in enumerate(AXES.items()):
         for kind, color in colors.items():
