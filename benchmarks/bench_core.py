@@ -133,10 +133,11 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     learned = prefix.detach()
     prompts = torch.cat([torch.zeros(3200, n_positions, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
     model.eval()
+    reference = (lambda: reference_generate(model, prompts[:100], length, learned), 100)
     for n_rows in (100, 3200):
         works = {
             "package": (lambda n=n_rows: solve(model, inputs[:n], n_positions, learned, precision=precision), n_rows),
-            "reference": (lambda: reference_generate(model, prompts[:100], length, learned), 100),
+            "reference": reference,
         }
         if has_transformers:
             decode = peers.huggingface_decode(model.config, precision, prompts[:n_rows], length)
@@ -145,7 +146,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
 
     tests = [experiment.dataset(config, "test", [task]) for task in tasks]
     matrix = (lambda: accuracy_matrix(model, {"one": learned}, tests, 400, precision=precision), len(tasks) * 400)
-    yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": works["reference"]})
+    yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": reference})
 
 
 def matrix_products(model: Any, precision: str, n_tokens: int, n_times: int) -> Callable[[], object]:

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mingpt import checkpoint
+from mingpt.batches import Batch, IndexBatches, JointDataset
 from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
 from mingpt.optim import build_optimizer, learning_rate_factor
 from mingpt.precision import autocast, resolve_precision
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.utils import CfgNode
-
-Batch = tuple[Tensor, Tensor]
 
 WATCHING = {
     *("device", "num_workers", "checkpoint_path", "checkpoint_every"),
@@ -132,7 +131,7 @@ class Trainer:
     # ------------------------------------------------------------------------- the steps a subclass may override
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What is trained, by the name a checkpoint keeps it under."""
+        """What training changes, by the name a checkpoint keeps it under."""
         return dict(self.model.named_parameters())
 
     def build_optimizer(self) -> Any:
@@ -213,7 +212,7 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """The batches from iteration ``iter_num`` on; which rows they hold does not depend on where it started."""
         dataset, config = self.train_dataset, self.config
-        indices = _IndexBatches(dataset, config.batch_size, self.iter_num, self._data_seed)
+        indices = IndexBatches(dataset, config.batch_size, self.iter_num, self._data_seed)
         if hasattr(dataset, "batch") and config.num_workers == 0:
             return (dataset.batch(batch) for batch in indices)
         return iter(
@@ -344,7 +343,7 @@ class PrefixTrainer(Trainer):
         is_joint = isinstance(train_dataset, Sequence)
         datasets = list(train_dataset) if isinstance(train_dataset, Sequence) else [train_dataset]
         super().__init__(
-            config, model, _JointDataset(datasets, bool(config.converged_loss)) if is_joint else datasets[0]
+            config, model, JointDataset(datasets, bool(config.converged_loss)) if is_joint else datasets[0]
         )
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
@@ -461,52 +460,6 @@ def batch_end_callback(trainer: Trainer) -> None:
             f"iter_dt {trainer.iter_dt * 1000:>6.2f}ms; iter {trainer.iter_num + 1:>6}: "
             f"train loss {trainer.loss.item():.5f}"
         )
-
-
-class _IndexBatches:
-    """For each iteration from ``start`` on, the indices of its examples: a function of the iteration's number only."""
-
-    def __init__(self, dataset: Any, batch_size: int, start: int, seed: int):
-        self.n_examples = None if hasattr(dataset, "batch") else len(dataset)
-        self.batch_size, self.start, self.seed = batch_size, start, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        iteration = self.start
-        while True:
-            if self.n_examples is None:
-                yield range(iteration * self.batch_size, (iteration + 1) * self.batch_size)
-            else:
-                generator = torch.Generator().manual_seed((self.seed + iteration) % 2**63)
-                yield torch.randint(self.n_examples, (self.batch_size,), generator=generator).tolist()
-            iteration += 1
-
-
-class _JointDataset:
-    """The same examples of each of K datasets, grouped by dataset: n indices are K * n examples.
-
-    Where only some of the datasets are ``chosen``, they share the examples of the others; so that none is repeated,
-    ``is_shared`` numbers them with enough room between two batches.
-    """
-
-    def __init__(self, datasets: Sequence[CustomDataset], is_shared: bool):
-        self.datasets, self.chosen = datasets, list(range(len(datasets)))
-        self.stride = len(datasets) if is_shared else 1
-
-    def n_rows(self, batch_size: int) -> int:
-        """How many examples a chosen dataset has in a batch."""
-        return batch_size * len(self.datasets) // len(self.chosen)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        first = indices[0] * self.stride
-        own = range(first, first + self.n_rows(len(indices)))
-        batches = [self.datasets[number].batch(own) for number in self.chosen]
-        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        return list(zip(*self.batch(indices), strict=True))
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [dataset.describe() for dataset in self.datasets]
 
 
 @contextlib.contextmanager
