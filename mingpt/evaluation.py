@@ -151,7 +151,7 @@ def solve(
                     model.generate(
                         tokens[rows],
                         length - n_given,
-                        prefixes=None if prefix is None else _of_rows(prefix, rows),
+                        prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
                         logits_processors=processors,
                     )[:, prefix_padding + length :]
                 )
@@ -160,11 +160,9 @@ def solve(
     return torch.cat(outputs).cpu().numpy()
 
 
-def _of_rows(prefix: Prefix, rows: slice) -> Prefix:
-    """The prefixes of some of the rows, where each row has its own."""
-    if prefix.rows is not None:
-        return Prefix(prefix.kind, prefix.values, prefix.rows[rows])
-    return prefix if prefix.n_prefixes == 1 else Prefix(prefix.kind, prefix.values[rows])
+def _of_rows(prefix: Prefix, n_rows: int, rows: slice) -> Prefix:
+    """The prefixes of some of ``n_rows`` rows."""
+    return prefix if prefix.n_prefixes == 1 else Prefix(prefix.kind, prefix.values, prefix.owners(n_rows)[rows])
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,13 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     prefix = Trainer.get_default_config()
     prefix.merge_from_dict({"lr_schedule": "linear", "warmup_iters": 10, "decay_fraction": 1.0})
     prefix.merge_from_dict({"learning_rate": 0.02, "converged_loss": 5e-4})
+    model = CfgNode(n_layer=4, n_head=4, n_embd=256, dropout=0.0, skip_layer_norm=False)
+    model.merge_from_dict({"gelu_approximate": "none", "init": "zero_residual"})
     config = CfgNode(
         preset=preset,
         seed=0,
         data=CfgNode(length=10, num_digits=10, prefix_size=10).close(),
-        model=CfgNode(n_layer=4, n_head=4, n_embd=256, dropout=0.0, skip_layer_norm=False).close(),
+        model=model.close(),
         trainer=trainer,
         prefix=prefix,
         evaluation=CfgNode(n_rows=3200, n_matrix_rows=400, precision="auto").close(),
@@ -134,12 +136,9 @@ def build_model(config: CfgNode) -> GPT:
     model_config.merge_from_dict(
         {
             "model_type": None,
-            "n_layer": config.model.n_layer,
-            "n_head": config.model.n_head,
-            "n_embd": config.model.n_embd,
             "vocab_size": everything.get_vocab_size(),
             "block_size": everything.get_block_size(),
-            "skip_layer_norm": config.model.skip_layer_norm,
+            **{name: value for name, value in config.model.to_dict().items() if name != "dropout"},
             **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
         }
     )

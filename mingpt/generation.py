@@ -1,25 +1,34 @@
-"""The decode loop, over any model that maps (tokens, past) to (logits, past).
+"""The decode loop, over any model that maps (tokens, past) to (logits, past), and what chooses the next token.
 
-Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary.
+Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W beams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import reduce
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mingpt.logits_processors import (
+    Constraint,
+    Context,
+    LogitsFunction,
+    LogitsProcessor,
+    Temperature,
+    TopK,
+    as_processors,
+    describe_row,
+)
 from mingpt.past import LayerCache, Past
 from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
     from mingpt.model import GPT, Record
-
-LogitsFunction = Callable[[Tensor, Tensor], Tensor]
-"""(tokens so far (B, t), logits (B, V)) to logits (B, V)."""
 
 
 @torch.no_grad()
@@ -33,84 +42,271 @@ def generate(
     top_k: int | None = None,
     prefixes: Tensor | Prefix | None = None,
     activations_record: Record | None = None,
-    logits_processors: Iterable[LogitsFunction] = (),
+    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
     generator: torch.Generator | None = None,
+    seed: int | None = None,
+    first_row: int = 0,
+    stop_token: int | None = None,
+    pressure_record: list[Tensor] | None = None,
 ) -> Tensor:
     """Continue prompts token by token, greedily or by sampling.
 
     Keys and values of what was read are kept, so each token is read once. A prompt that outgrows ``block_size`` is
     cropped to its last ``block_size`` tokens, as minGPT does; their positions move then, and all of them are read anew.
+    Rows that have met the stop token leave the batch. Where constraints leave one token to every row, it is taken
+    without asking the model, unless a processor with a state would miss that.
 
     Args:
         model: a GPT, usually in ``eval()`` mode.
         idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
         max_new_tokens: how many tokens to add.
-        temperature: what the logits are divided by.
+        temperature: what the logits are divided by, after the processors.
         do_sample: draw each token from the distribution instead of taking the likeliest.
         top_k: leave only the k likeliest tokens to draw from.
         prefixes: see ``mingpt.prefix.as_prefix``.
         activations_record: a list that receives the activations of all tokens but the last, in one pass.
-        logits_processors: functions (tokens, logits) -> logits, applied in this order before the temperature.
-        generator: the source of random numbers when sampling.
+        logits_processors: see ``mingpt.logits_processors``; functions (tokens, logits) -> logits are welcome too.
+        generator: the source of the seed, where none is given.
+        seed: of sampling; row i's draws are a function of it and ``first_row + i``, whatever else is in the batch.
+        first_row: the number of the first row, where the batch is a part of something longer.
+        stop_token: a row ends with it and is filled up with it.
+        pressure_record: a list that receives, for each step, (B, number of constraints): the probability that each
+            constraint forbids, of the logits that it gets; not a number for rows that have ended.
 
     Returns:
         (B, T + max_new_tokens) of int64, prompts and continuations.
 
     Raises:
-        ValueError: for a prompt, temperature or top_k that makes no sense.
+        ValueError: for a prompt, temperature or top_k that makes no sense, and where the processors leave a row no
+            token.
     """
+    processors = as_processors(logits_processors)
+    processors += [Temperature(temperature)] if temperature != 1 else []
+    processors += [TopK(top_k)] if top_k is not None else []
+    if do_sample and seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     batch, n_prompt = idx.shape
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if temperature <= 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}; for the likeliest token use do_sample=False"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    config = model.config
-    prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
-    n_prefix = 0 if prefix is None else prefix.n_positions
-    if n_prompt <= n_prefix:
-        raise ValueError(f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue")
-
-    if n_prefix >= model.block_size:
-        raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
-    processors = tuple(logits_processors)
-    tokens = idx
-    prefix_past = None if prefix is None else model.past_of_prefix(prefix)
-    past, n_read = None, 0
-    for _ in range(max_new_tokens):
-        window = tokens[:, -model.block_size :]
-        if past is None or tokens.shape[1] > model.block_size:
-            n_read = n_prefix if prefix_past is not None else _n_shared(window)
-            shared = prefix_past or model.extend(window[:1, :n_read])[1]
-            past = _new_cache(shared, batch, min(n_prompt + max_new_tokens, model.block_size))
-        logits, past = model.extend(window[:, n_read:], past, n_last=1)
-        n_read = window.shape[1]
-        logits = logits[:, -1].float()  # (B, V)
-        for process in processors:
-            logits = process(tokens, logits)
-        logits = logits / temperature
-        if top_k is not None:
-            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
-        if do_sample:
-            chosen = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
-        else:
-            chosen = logits.argmax(dim=-1, keepdim=True)
-        tokens = torch.cat([tokens, chosen], dim=1)
+    rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
+    tokens = torch.cat([idx, idx.new_full((batch, max(max_new_tokens, 0)), stop_token or 0)], dim=1)
+    for step in range(max_new_tokens):
+        chosen = rows.forced() if pressure_record is None else None
+        if chosen is None:
+            logits = rows.processed(rows.read(), pressure_record)
+            if do_sample:
+                draws = _uniform(seed or 0, step, first_row, batch).to(idx.device)
+                chosen = _draw(logits, draws[rows.origin])
+            else:
+                chosen = logits.argmax(dim=-1)
+        rows.append(chosen)
+        tokens[rows.origin, n_prompt + step] = chosen
+        if stop_token is not None:
+            goes_on = (chosen != stop_token).nonzero().flatten()
+            if len(goes_on) < len(chosen):
+                rows.select(goes_on)
+            if not len(goes_on):
+                break
     if activations_record is not None and max_new_tokens:
         model(tokens[:, :-1][:, -model.block_size :], prefixes=prefixes, activations_record=activations_record)
     return tokens
 
 
-def _new_cache(past: Past, batch_size: int, n_positions: int) -> list[LayerCache]:
-    """A cache for each layer, begun with a past."""
-    caches = [LayerCache(batch_size, n_positions) for _ in past]
-    for cache, (keys, values) in zip(caches, past, strict=True):
-        cache.append(keys, values)
-    return caches
+@torch.no_grad()
+def beam_search(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    n_beams: int,
+    *,
+    prefixes: Tensor | Prefix | None = None,
+    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    stop_token: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Search for the likeliest continuations, keeping the W best beginnings at every step.
+
+    Args:
+        model: a GPT, usually in ``eval()`` mode.
+        idx: (B, T) of int64, the prompts; see ``generate``.
+        max_new_tokens: how many tokens to add.
+        n_beams: W.
+        prefixes: see ``mingpt.prefix.as_prefix``.
+        logits_processors: they process log-probabilities, as in transformers; what a constraint forbids is not shared
+            out among the rest, so a score is the model's own.
+        stop_token: a continuation ends with it and is filled up with it, at no cost.
+
+    Returns:
+        (B, W, T + max_new_tokens) of int64, the best first; and their scores (B, W), the sums of the log-probabilities
+        in nats, minus infinity where there are fewer than W continuations.
+
+    Raises:
+        ValueError: as ``generate`` does.
+    """
+    if n_beams < 1:
+        raise ValueError(f"n_beams must be at least 1, got {n_beams}")
+    batch = len(idx)
+    rows = Decoding(model, idx, max_new_tokens, prefixes, as_processors(logits_processors), None)
+    scores = torch.zeros(batch, 1, device=idx.device)
+    for step in range(max_new_tokens):
+        has_ended = None if stop_token is None or step == 0 else rows.tokens[:, -1] == stop_token
+        log_p = rows.processed(F.log_softmax(rows.read(), dim=-1), has_ended=has_ended)
+        if has_ended is not None:
+            stop = torch.full_like(log_p[:1], float("-inf"))
+            stop[:, stop_token] = 0
+            log_p = torch.where(has_ended[:, None], stop, log_p)
+        width, n_tokens = scores.shape[1], log_p.shape[1]
+        sums = (scores[:, :, None] + log_p.view(batch, width, n_tokens)).flatten(1)
+        sums = F.pad(sums, (0, max(0, n_beams - sums.shape[1])), value=float("-inf"))
+        scores, place = sums.topk(n_beams, dim=1)
+        place = torch.where(scores.isneginf(), place[:, :1], place)  # a beam that is missing repeats the best one
+        first = width * torch.arange(batch, device=idx.device)[:, None]
+        rows.select((first + place // n_tokens).flatten())
+        rows.append((place % n_tokens).flatten())
+    tokens = rows.tokens.view(batch, -1, rows.tokens.shape[1])
+    return tokens.expand(-1, n_beams, -1), scores.expand(-1, n_beams)
+
+
+class Decoding:
+    """Rows that are being decoded: their tokens, what the model has read of them, and their processors' states.
+
+    Attributes:
+        tokens: (B, T) of int64, the rows so far.
+        origin: (B,) of int64, which prompt each of them continues.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        idx: Tensor,
+        n_new: int,
+        prefixes: Tensor | Prefix | None,
+        processors: list[LogitsProcessor],
+        generator: torch.Generator | None,
+    ):
+        """Check that the prompts can be continued, and have the processors make their states."""
+        batch, n_prompt = idx.shape
+        if n_new < 0:
+            raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
+        config = model.config
+        self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
+        n_prefix = 0 if self.prefix is None else self.prefix.n_positions
+        if n_prompt <= n_prefix:
+            raise ValueError(
+                f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue"
+            )
+        if n_prefix >= model.block_size:
+            raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
+        self.model, self.tokens, self.origin = model, idx, torch.arange(batch, device=idx.device)
+        self.n_prompt, self.n_new, self.generator, self.processors = n_prompt, n_new, generator, processors
+        self._n_rows, self._n_read = batch, 0
+        self._past: list[LayerCache] | None = None
+        self._allowed: dict[int, Tensor] | None = None
+        self._states = [processor.init(self._context()) for processor in processors] if n_new else []
+        is_constraint = [isinstance(processor, Constraint) for processor in processors]
+        # A processor with a state has to see every step, and only constraints can without logits.
+        self._can_jump = any(is_constraint) and all(
+            constrains or not state for constrains, state in zip(is_constraint, self._states, strict=False)
+        )
+
+    def read(self) -> Tensor:
+        """The model's logits (B, V) of float32 of what follows, after reading what it has not read yet."""
+        model, window = self.model, self.tokens[:, -self.model.block_size :]
+        if self._past is None or self.tokens.shape[1] > model.block_size:
+            shared, n_shared = self._shared(window)
+            logits, past = model.extend(window[:, n_shared:], shared, n_last=1)
+            room = min(self.n_prompt + self.n_new, model.block_size)
+            self._past = [LayerCache(layer, len(window), room) for layer in past]
+        else:
+            logits, self._past = model.extend(window[:, self._n_read :], self._past, n_last=1)
+        self._n_read = window.shape[1]
+        return logits[:, -1].float()
+
+    def processed(
+        self, logits: Tensor, pressure_record: list[Tensor] | None = None, has_ended: Tensor | None = None
+    ) -> Tensor:
+        """The logits (B, V) after all processors; rows that have ended, (B,) of bool, need not have any.
+
+        Raises:
+            ValueError: if they leave a row no token.
+        """
+        allowed, context, pressure = self._ask(), self._context(), []
+        for number, processor in enumerate(self.processors):
+            if number not in allowed:
+                self._states[number], logits = processor.process(self._states[number], logits, context)
+                continue
+            if pressure_record is not None:
+                pressure.append(1 - (F.softmax(logits, dim=-1) * allowed[number]).sum(dim=-1))
+            logits = logits.masked_fill(~allowed[number], float("-inf"))
+        if pressure_record is not None:
+            record = logits.new_full((self._n_rows, len(pressure)), float("nan"))
+            for number, each in enumerate(pressure):
+                record[self.origin, number] = each
+            pressure_record.append(record)
+        is_stuck = logits.amax(dim=-1).isneginf() if self.processors else logits.new_zeros(1, dtype=torch.bool)
+        is_stuck = is_stuck if has_ended is None else is_stuck & ~has_ended
+        if is_stuck.any():
+            row = int(is_stuck.nonzero()[0])
+            states = describe_row(self.processors, self._states, row, len(self.tokens))
+            raise ValueError(
+                f"nothing may follow in row {int(self.origin[row])} at step {context.step}, after "
+                f"{self.tokens[row, self.n_prompt :].tolist()}: the processors forbid every token. States: {states}"
+            )
+        return logits
+
+    def forced(self) -> Tensor | None:
+        """The next tokens (B,), where constraints leave each row only one and nobody has to see the logits."""
+        if not self._can_jump:
+            return None
+        allowed = reduce(torch.logical_and, self._ask().values())
+        return allowed.int().argmax(dim=-1) if bool((allowed.sum(dim=-1) == 1).all()) else None
+
+    def append(self, chosen: Tensor) -> None:
+        """Take the next token of every row, (B,)."""
+        self.tokens, self._allowed = torch.cat([self.tokens, chosen[:, None]], dim=1), None
+
+    def select(self, rows: Tensor) -> None:
+        """Have row i be what row ``rows[i]`` was, (B',) of int64."""
+        self.tokens, self.origin = self.tokens[rows], self.origin[rows]
+        for cache in self._past or []:
+            cache.select(rows)
+        states = zip(self.processors, self._states, strict=True)
+        self._states = [processor.reorder(state, rows) for processor, state in states]
+
+    def _ask(self) -> dict[int, Tensor]:
+        """What each constraint allows to follow, (B, V) of bool, by its place; each is asked once a step."""
+        if self._allowed is None:
+            self._allowed, context = {}, self._context()
+            for number, processor in enumerate(self.processors):
+                if isinstance(processor, Constraint):
+                    self._states[number], self._allowed[number] = processor.allowed(self._states[number], context)
+        return self._allowed
+
+    def _shared(self, window: Tensor) -> tuple[Past | None, int]:
+        """The past of all first tokens that are a prefix's, or the same in every row, and how many they are."""
+        if self.prefix is None:
+            n_shared = _n_shared(window)
+            return self.model.extend(window[:1, :n_shared])[1] if n_shared else None, n_shared
+        prefix = self.prefix
+        if prefix.n_prefixes > 1:
+            prefix = Prefix(prefix.kind, prefix.values, prefix.owners(self._n_rows)[self.origin])
+        return self.model.past_of_prefix(prefix), prefix.n_positions
+
+    def _context(self) -> Context:
+        return Context(self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token (B,) from the softmax of each row of logits (B, V) where its number in [0, 1) falls, (B,)."""
+    cumulative = F.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+    # The first token whose sum is above the number: never one of probability 0, which adds nothing to the sum.
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return place[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _uniform(seed: int, step: int, first_row: int, n_rows: int) -> Tensor:
+    """(B,) of float64 in [0, 1), row i's a function of (seed, step, first_row + i): numpy's counter-based Philox."""
+    philox = np.random.Philox(key=[seed, step])
+    philox.advance(first_row // 4)  # a count is four numbers
+    skipped = first_row % 4
+    return torch.from_numpy(np.random.Generator(philox).random(skipped + n_rows)[skipped:])
 
 
 def _n_shared(tokens: Tensor) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt import generation
-from mingpt.past import LayerCache, LayerPast, Past, n_positions
+from mingpt.past import KeysValues, LayerCache, LayerPast, Past, by_row, n_positions
 from mingpt.prefix import Prefix, activation_past, as_prefix, key_value_past
 from mingpt.utils import CfgNode, nearest
 
@@ -57,25 +58,20 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.register_load_state_dict_pre_hook(_drop_mask_buffers)
 
-    def _split_heads(self, x: Tensor, n_parts: int) -> tuple[Tensor, ...]:
-        """Cut (B, T, n_parts * C) into its parts, each (B, H, T, D)."""
+    def _split_heads(self, x: Tensor, n_parts: int, n_groups: int) -> Tensor:
+        """Cut (B, T, n_parts * C) into (n_parts, G, H, B / G, T, D)."""
         batch, n_tokens, _ = x.shape
-        parts = x.view(batch, n_tokens, n_parts, self.n_head, self.n_embd // self.n_head)
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        parts = x.view(n_groups, batch // n_groups, n_tokens, n_parts, self.n_head, self.n_embd // self.n_head)
+        return parts.permute(3, 0, 4, 1, 2, 5)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of ``x`` (B, T, C), each (B, H, T, D)."""
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """The keys and values of ``x`` (G, T, C), which the rows of a group share: (G, H, 1, T, D) each."""
         weight, bias = self.c_attn.weight[self.n_embd :], self.c_attn.bias[self.n_embd :]
-        keys, values = self._split_heads(F.linear(x, weight, bias), 2)
+        keys, values = self._split_heads(F.linear(x, weight, bias), 2, len(x))
         return keys, values
 
     def forward(
-        self,
-        x: Tensor,
-        past: LayerPast | None = None,
-        mask: Tensor | None = None,
-        n_last: int | None = None,
-        need_weights: bool = False,
+        self, x: Tensor, past: LayerPast | None = None, mask: Tensor | None = None, n_last: int | None = None
     ) -> tuple[Tensor, LayerPast, Tensor | None]:
         """Attend.
 
@@ -84,35 +80,41 @@ class CausalSelfAttention(nn.Module):
             past: keys and values of S earlier positions.
             mask: (T, S + T) of bool, true where a token must not look, or None where it may look everywhere.
             n_last: how many last tokens look at all, T' of them; all T by default.
-            need_weights: return the attention weights too.
 
         Returns:
-            The output (B, T', C), the past of what may follow, and the attention weights (B, H, T', S + T) or None.
+            The output (B, T', C), the past of what may follow, and the attention weights (G, H, B / G, T', S + T),
+            None after a cache.
         """
-        queries, keys, values = self._split_heads(self.c_attn(x), 3)
-        if n_last is not None:
-            queries, mask = queries[:, :, -n_last:], None if mask is None else mask[-n_last:]
-        new_past: LayerPast
+        qkv, n_last = self.c_attn(x), n_last or x.shape[1]
+        mask = None if mask is None else mask[-n_last:]
         if isinstance(past, LayerCache):
+            queries, keys, values = self._split_heads(qkv, 3, len(x)).squeeze(3)  # (B, H, T, D)
             keys, values = past.append(keys, values)
-            new_past = past
-        else:
-            if past is not None:
-                keys = torch.cat([past[0].expand(len(x), -1, -1, -1), keys], dim=2)
-                values = torch.cat([past[1].expand(len(x), -1, -1, -1), values], dim=2)
-            new_past = (keys, values)
-        weights = None
-        if need_weights or torch.is_grad_enabled() or self.training:
-            # Written out: at these lengths the fused kernel's backward pass is six times as slow on a CPU.
-            scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])  # (B, H, T', S + T)
-            if mask is not None:
-                scores = scores.masked_fill(mask, float("-inf"))
-            weights = F.softmax(scores, dim=-1)
-            mixed = self.attn_dropout(weights) @ values  # (B, H, T', D)
-        else:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, None if mask is None else ~mask)
-        out = self.c_proj(mixed.transpose(1, 2).flatten(2))
-        return self.resid_dropout(out), new_past, weights
+            may_look = None if mask is None else ~mask
+            mixed = F.scaled_dot_product_attention(queries[:, :, -n_last:], keys, values, may_look).transpose(1, 2)
+            return self._project(mixed), past, None
+        # Written out: at these lengths the fused kernel is twice as slow on a CPU, its backward pass six times.
+        n_groups = len(past[0][0]) if past else 1
+        queries, keys, values = self._split_heads(qkv, 3, n_groups).contiguous()  # (G, H, N, T, D)
+        queries, past = queries[..., -n_last:, :], [*(past or []), (keys, values)]
+        scores = torch.cat([_product(queries, keys.mT) for keys, _ in past], dim=-1) / math.sqrt(queries.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # (G, H, N, T', S + T)
+        parts = self.attn_dropout(weights.to(values.dtype)).split([keys.shape[3] for keys, _ in past], dim=-1)
+        mixed = reduce(torch.add, (_product(part, values) for part, (_, values) in zip(parts, past, strict=True)))
+        return self._project(mixed.permute(0, 2, 3, 1, 4)), past, weights
+
+    def _project(self, mixed: Tensor) -> Tensor:
+        """(..., T, H, D) to (B, T, C)."""
+        return self.resid_dropout(self.c_proj(mixed.reshape(-1, mixed.shape[-3], self.n_embd)))
+
+
+def _product(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply (G, H, N, T, I) with (G, H, N, I, O), or with (G, H, 1, I, O) that the rows of a group share."""
+    if matrices.shape[2] == rows.shape[2]:
+        return rows @ matrices
+    return (rows.flatten(2, 3) @ matrices.squeeze(2)).unflatten(2, rows.shape[2:4])
 
 
 class MLP(nn.Module):
@@ -122,11 +124,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = nn.GELU(config.gelu_approximate)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -161,9 +164,9 @@ class Block(nn.Module):
         n_last: int | None = None,
     ) -> tuple[Tensor, LayerPast]:
         """The block's first half: what attention adds to the residual stream ``x``."""
-        out, new_past, weights = self.attn(self.ln_1(x), past, mask, n_last, need_weights=record is not None)
+        out, new_past, weights = self.attn(self.ln_1(x), past, mask, n_last)
         if record is not None and weights is not None:
-            record.append(("attention", weights.detach().float().cpu()))
+            record.append(("attention", weights.detach().transpose(1, 2).flatten(0, 1).cpu()))
             record.append(("attn_block_output", out.detach().float().cpu()))
         return out, new_past
 
@@ -185,7 +188,12 @@ class GPT(nn.Module):
 
     @staticmethod
     def get_default_config() -> CfgNode:
-        """A configuration to fill in: either ``model_type`` or all of n_layer, n_head and n_embd, and both sizes."""
+        """A configuration to fill in: either ``model_type`` or all of n_layer, n_head and n_embd, and both sizes.
+
+        ``gelu_approximate`` is as in torch.nn.GELU: "tanh" is GPT-2's, "none" the exact one, a third of its time on a
+        CPU. ``init`` is "gpt2", or "zero_residual": each block begins as the identity, since the projections into the
+        residual stream are zero (Goyal et al. 2017), and what feeds them keeps the variance (LeCun et al. 1998).
+        """
         return CfgNode(
             model_type="gpt",
             n_layer=None,
@@ -197,10 +205,12 @@ class GPT(nn.Module):
             resid_pdrop=0.1,
             attn_pdrop=0.1,
             skip_layer_norm=False,
+            gelu_approximate="tanh",
+            init="gpt2",
         ).close()
 
     def __init__(self, config: CfgNode):
-        """Build the model with GPT-2's random initialisation.
+        """Build the model with random weights.
 
         Args:
             config: see ``get_default_config``; it is copied, never changed.
@@ -214,9 +224,12 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(_init_weights)
+        is_gpt2 = config.init == "gpt2"
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2 scales the projections into the residual stream
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer) if is_gpt2 else 0.0)
+            elif name.endswith(("c_attn.weight", "c_fc.weight")) and not is_gpt2:
+                nn.init.normal_(parameter, mean=0.0, std=1 / math.sqrt(config.n_embd))
         logger.info("number of parameters: %.2fM", self.n_parameters / 1e6)
 
     @property
@@ -272,7 +285,7 @@ class GPT(nn.Module):
         n_unscored = 0
         if prefix is not None:
             past, n_unscored = self.past_of_prefix(prefix), n_past
-            before = past[0][0].new_zeros(1, n_past, self.config.vocab_size)
+            before = past[0][0][0].new_zeros(1, n_past, self.config.vocab_size)
         elif n_past and record is None:
             before, past = self.extend(idx[:1, :n_past])
         else:
@@ -291,13 +304,13 @@ class GPT(nn.Module):
         return logits, loss
 
     def past_of_prefix(self, prefix: Prefix) -> Past:
-        """The keys and values that content attends to after a prefix, (1 or B, H, P, D) each in every layer."""
+        """The keys and values that content attends to after K prefixes, (K or B, H, 1, P, D) each in every layer."""
         if prefix.kind == "activation":
             past = activation_past(self.blocks, prefix.values)
         elif prefix.kind == "key_value":
             past = key_value_past(prefix.values, self.config.n_head)
         else:
-            _, past = self.extend(None, embeddings=prefix.values)
+            past = by_row(self.extend(None, embeddings=prefix.values)[1])
         return prefix.select(past)
 
     def extend(
@@ -346,7 +359,7 @@ class GPT(nn.Module):
         for place, (name, content) in enumerate(record):
             padded = F.pad(content, (0, 0, prefix.n_positions, 0))
             if own:
-                rows = own[place][1] if prefix.rows is None else own[place][1][prefix.rows.cpu()]
+                rows = own[place][1][prefix.owners(len(content)).cpu()]
                 padded[..., : prefix.n_positions, : rows.shape[-1]] = rows
             whole.append((name, padded))
         return whole
@@ -358,23 +371,11 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         do_sample: bool = False,
         top_k: int | None = None,
-        prefixes: Tensor | Prefix | None = None,
-        activations_record: Record | None = None,
-        logits_processors: Any = (),
-        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Tensor:
         """Continue prompts; see ``mingpt.generation.generate``, which this calls with itself as the model."""
         return generation.generate(
-            self,
-            idx,
-            max_new_tokens,
-            temperature=temperature,
-            do_sample=do_sample,
-            top_k=top_k,
-            prefixes=prefixes,
-            activations_record=activations_record,
-            logits_processors=logits_processors,
-            generator=generator,
+            self, idx, max_new_tokens, temperature=temperature, do_sample=do_sample, top_k=top_k, **options
         )
 
     def configure_optimizers(self, train_config: CfgNode) -> torch.optim.Optimizer:
@@ -413,7 +414,7 @@ class GPT(nn.Module):
         """
         theirs = other.config
         for name, supported in (
-            ("activation_function", ("gelu_new", "gelu_pytorch_tanh")),
+            ("activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu")),
             ("layer_norm_epsilon", (1e-5,)),
             ("n_inner", (None, 4 * theirs.n_embd)),
             ("scale_attn_weights", (True,)),
@@ -425,6 +426,7 @@ class GPT(nn.Module):
         config.model_type = None
         names = ("n_layer", "n_head", "n_embd", "vocab_size", "embd_pdrop", "resid_pdrop", "attn_pdrop")
         config.merge_from_dict({name: getattr(theirs, name) for name in names} | {"block_size": theirs.n_positions})
+        config.gelu_approximate = "none" if theirs.activation_function == "gelu" else "tanh"
         model = cls(config)
         # OpenAI's weights are for x @ W; nn.Linear keeps the transpose.
         transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -454,6 +456,9 @@ def _complete_config(config: CfgNode) -> CfgNode:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"the model needs {name}, a positive integer, got {value!r}")
+    for name, known in (("gelu_approximate", ("tanh", "none")), ("init", ("gpt2", "zero_residual"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd = {config.n_embd} is not a multiple of n_head = {config.n_head}")
     return config

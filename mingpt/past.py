@@ -1,6 +1,7 @@
 """The past: keys and values of earlier positions, which is all that content sees of them.
 
-Legend: B batch, T new positions, S past positions, H heads, D channels of a head.
+Legend: B batch, G groups of N consecutive rows (B = G * N), S past positions, T new positions, H heads, D channels of
+a head.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import Any
 from torch import Tensor
 
 KeysValues = tuple[Tensor, Tensor]
-"""One layer's keys and values, (1 or B, H, S, D) each."""
+"""Keys and values of some positions: (G, H, N, S, D) each, or (G, H, 1, S, D) where the rows of a group share them.
+
+The heads come before the rows so that all queries of a group meet what they share in one product a head.
+"""
 
 
 class LayerCache:
@@ -20,31 +24,46 @@ class LayerCache:
     only, and gradients do not pass through it.
     """
 
-    def __init__(self, batch_size: int, n_positions: int):
-        self.batch_size, self.n_positions, self.n_filled = batch_size, n_positions, 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    def __init__(self, past: list[KeysValues], batch_size: int, n_positions: int):
+        """Copy a past for ``batch_size`` rows, and leave room up to ``n_positions``."""
+        _, n_head, _, _, head_size = past[0][0].shape
+        self._keys = past[0][0].new_empty(batch_size, n_head, n_positions, head_size)
+        self._values = self._keys.new_empty(self._keys.shape)
+        self.n_filled = 0
+        for keys_values in past:
+            groups = (each.transpose(1, 2) for each in keys_values)  # (G, N or 1, H, S, D)
+            keys, values = (each.expand(-1, batch_size // len(each), -1, -1, -1).flatten(0, 1) for each in groups)
+            self.append(keys, values)
 
-    def append(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Take keys and values of T further positions, (1 or B, H, T, D), and return all so far, (B, H, S + T, D)."""
-        if self._keys is None or self._values is None:
-            _, n_head, _, head_size = keys.shape
-            self._keys = keys.new_empty(self.batch_size, n_head, self.n_positions, head_size)
-            self._values = self._keys.new_empty(self._keys.shape)
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take keys and values of T further positions, (B, H, T, D), and return all so far, (B, H, S + T, D)."""
         start, self.n_filled = self.n_filled, self.n_filled + keys.shape[2]
         self._keys[:, :, start : self.n_filled] = keys
         self._values[:, :, start : self.n_filled] = values
         return self._keys[:, :, : self.n_filled], self._values[:, :, : self.n_filled]
 
+    def select(self, rows: Tensor) -> None:
+        """Have row i be what row ``rows[i]`` was, (B',) of int64."""
+        self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
-LayerPast = KeysValues | LayerCache
+
+LayerPast = list[KeysValues] | LayerCache
+"""One layer's past: pieces in the order of their positions, or a cache."""
+
 Past = list[Any]
-"""The past of every layer in order: all KeysValues, or all LayerCache."""
+"""The LayerPast of every layer in order."""
+
+
+def by_row(past: Past) -> Past:
+    """Make each row of a past that B rows have read a group of its own, which further rows can share."""
+    return [
+        [tuple(each.transpose(1, 2).flatten(0, 1)[:, :, None] for each in piece) for piece in layer] for layer in past
+    ]
 
 
 def n_positions(past: Past | None) -> int:
     """S, how many positions a past holds."""
     if not past:
         return 0
-    first = past[0]
-    return first.n_filled if isinstance(first, LayerCache) else first[0].shape[2]
+    first: LayerPast = past[0]
+    return first.n_filled if isinstance(first, LayerCache) else sum(keys.shape[3] for keys, _ in first)

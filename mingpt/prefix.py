@@ -29,7 +29,7 @@ class Prefix:
             "key_value", each layer's keys and values themselves (Li & Liang 2021);
             "prompt", embeddings at the input only (Lester et al. 2021).
         values: K prefixes, (K, L, P, C), (K, L, 2, P, C) or (K, P, C) of a floating dtype.
-        rows: (B,) of int64, the prefix of each row; None when K is 1 or B.
+        rows: (B,) of int64, the prefix of each row; None when each prefix has B / K consecutive rows.
     """
 
     kind: str
@@ -68,17 +68,23 @@ class Prefix:
             raise ValueError(f"the prefix has {self.values.shape[1]} layers, the model has {n_layer}")
         if self.kind == "key_value" and self.values.shape[2] != 2:
             raise ValueError(f"a key_value prefix has keys and values on its axis of 2, got {tuple(self.values.shape)}")
-        if self.rows is None and self.n_prefixes not in (1, batch_size):
-            raise ValueError(f"{self.n_prefixes} prefixes for {batch_size} rows; give one, one per row, or rows=")
+        if self.rows is None and batch_size % self.n_prefixes:
+            raise ValueError(f"{batch_size} rows cannot be shared out evenly to {self.n_prefixes} prefixes; give rows=")
         if self.rows is not None and self.rows.shape != (batch_size,):
             raise ValueError(f"rows has shape {tuple(self.rows.shape)}, expected ({batch_size},), one prefix a row")
 
     def select(self, past: Past) -> Past:
-        """Give each row its own prefix's past: (K, H, P, D) to (B, H, P, D), unchanged without ``rows``."""
+        """Give each row its own prefix's past: (K, H, 1, P, D) to (B, H, 1, P, D), unchanged without ``rows``."""
         if self.rows is None:
             return past
         # Not keys[rows]: on a CPU the backward pass of indexing takes nine times as long as index_select's.
-        return [(keys.index_select(0, self.rows), values.index_select(0, self.rows)) for keys, values in past]
+        return [[(keys.index_select(0, self.rows), values.index_select(0, self.rows))] for ((keys, values),) in past]
+
+    def owners(self, batch_size: int) -> Tensor:
+        """(B,) of int64, the prefix of each row."""
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(self.n_prefixes, device=self.values.device).repeat_interleave(batch_size // self.n_prefixes)
 
 
 def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: int) -> Prefix:
@@ -108,6 +114,10 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
                 f'{n_layer} layers; say Prefix("activation", p) or Prefix("key_value", p[None])'
             )
         prefix = Prefix("key_value", prefixes[None]) if is_key_value else Prefix("activation", prefixes)
+        if prefix.n_prefixes not in (1, batch_size):
+            raise ValueError(
+                f"{prefix.n_prefixes} prefixes for {batch_size} rows; give one, one per row, or a Prefix with rows"
+            )
     else:
         raise ValueError(
             f"a prefix of shape {tuple(prefixes.shape)} is of no known kind: activation (L, P, C), one per row "
@@ -125,18 +135,18 @@ def activation_past(blocks: Iterable[Any], values: Tensor) -> Past:
         values: (K, L, P, C) what each block's first LayerNorm sees at the prefix positions.
 
     Returns:
-        For each layer keys and values, (K, H, P, D) each.
+        For each layer keys and values, (K, H, 1, P, D) each.
 
     Source: Petrov et al. 2024, section 3: layer l's keys and values at the prefix are c_attn(ln_1(prefix[l])).
     """
-    return [block.attn.keys_values(block.ln_1(values[:, layer])) for layer, block in enumerate(blocks)]
+    return [[block.attn.keys_values(block.ln_1(values[:, layer]))] for layer, block in enumerate(blocks)]
 
 
 def key_value_past(values: Tensor, n_head: int) -> Past:
-    """Split key_value prefixes (K, L, 2, P, C) into heads: for each layer keys and values, (K, H, P, D) each."""
+    """Split key_value prefixes (K, L, 2, P, C) into heads: for each layer keys and values, (K, H, 1, P, D) each."""
     n_prefixes, _, _, n_positions, n_embd = values.shape
-    heads = values.view(n_prefixes, -1, 2, n_positions, n_head, n_embd // n_head).transpose(3, 4)  # (K, L, 2, H, P, D)
-    return [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
+    heads = values.view(n_prefixes, -1, 2, n_positions, 1, n_head, n_embd // n_head).transpose(3, 5)
+    return [[(layer[:, 0], layer[:, 1])] for layer in heads.unbind(dim=1)]  # of (K, H, 1, P, D)
 
 
 @torch.no_grad()

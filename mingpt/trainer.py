@@ -412,7 +412,7 @@ class PrefixTrainer(Trainer):
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes that are learning of each one's mean cross-entropy, in nats."""
-        prefix = Prefix(self._kind, self.prefixes.view(self._shape), self._rows)
+        prefix = Prefix(self._kind, self.prefixes.view(self._shape).index_select(0, self._chosen))
         logits, loss = self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)
         if self.config.converged_loss:
             with torch.no_grad():
@@ -437,11 +437,10 @@ class PrefixTrainer(Trainer):
 
     def _share_rows(self) -> None:
         """Have the batches made of rows of the prefixes that are learning."""
-        self._learning, self._rows = self._smoothed_loss.nonzero().flatten().tolist(), None
+        self._learning = self._smoothed_loss.nonzero().flatten().tolist()
+        self._chosen = torch.tensor(self._learning, device=self.device)
         if self._n_prefixes > 1 and self._learning:
             self.train_dataset.chosen = self._learning
-            n_rows = self.train_dataset.n_rows(self.config.batch_size)
-            self._rows = torch.tensor(self._learning, device=self.device).repeat_interleave(n_rows)
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""

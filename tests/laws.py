@@ -6,13 +6,17 @@ A new task is checked in one line, ``check_task_laws(MyTask())``, or on generate
     def test_my_task(data):
         check_task_laws(MyTask(), **data.draw(posed_rows(MyTask())))
 
-Each law is a function that raises ``AssertionError`` with what was broken; ``check_task_laws`` runs them all.
+And a new logits processor in one, ``check_processor_laws(MyProcessor())``.
+
+Each law is a function that raises ``AssertionError`` with what was broken; ``check_task_laws`` and
+``check_processor_laws`` run them all.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mingpt.logits_processors import Context, LogitsProcessor, State
 from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
 
 # --------------------------------------------------------------------------------------------------- tasks
@@ -229,3 +234,119 @@ def compositions(draw: st.DrawFn, min_tasks: int = 1, max_tasks: int = 4) -> Tas
         task = task + draw(st.sampled_from(followers))
     assert len(task.tasks) == 1 or isinstance(task, CompositeTask)
     return task
+
+
+# --------------------------------------------------------------------------------------------- logits processors
+
+
+def check_processor_laws(
+    processor: LogitsProcessor, prompts: torch.Tensor | None = None, n_new: int = 6, vocab_size: int = 13, seed: int = 0
+) -> None:
+    """Check everything that a logits processor promises.
+
+    Args:
+        processor: the processor to check.
+        prompts: (B, T) tokens, different in every row; by default some random ones.
+        n_new: how many tokens are generated.
+        vocab_size: V.
+        seed: of the random prompts and logits.
+
+    Raises:
+        AssertionError: if a law is broken, with which one.
+    """
+    random = torch.Generator().manual_seed(seed)
+    if prompts is None:
+        prompts = torch.randint(vocab_size, (5, 8), generator=random)
+    assert len(prompts.unique(dim=0)) == len(prompts) > 1, "the laws need different rows"
+    logits = 3 * torch.randn(n_new, len(prompts), vocab_size, generator=random)
+    tokens, processed, _ = whole = drive(processor, prompts, logits)
+    check_rows_are_independent(processor, prompts, logits, whole)
+    check_reorder_follows_rows(processor, prompts, logits)
+    check_is_configuration_only(processor, prompts, logits, whole)
+    for step, each in enumerate(processed):
+        assert (each.shape, each.dtype) == (logits[step].shape, torch.float32), f"step {step}: {each.shape}"
+        assert not each.isnan().any(), f"step {step}: a logit is not a number"
+        assert (each.amax(dim=-1) > -torch.inf).all(), f"step {step}: a row has no token left"
+    assert tokens.shape == (len(prompts), prompts.shape[1] + n_new)
+
+
+Driven = tuple[torch.Tensor, list[torch.Tensor], list[State]]
+
+
+def drive(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tensor) -> Driven:
+    """Generate greedily from given logits (N, B, V): the tokens, and the processed logits and states of each step."""
+    n_new, _, vocab_size = logits.shape
+    tokens, before = prompts, logits.clone()
+    context = Context(tokens, prompts.shape[1], n_new, vocab_size)
+    state, processed, states = processor.init(context), [], []
+    first = {name: (value.shape, value.dtype) for name, value in state.items()}
+    for step in range(n_new):
+        kept = {name: value.clone() for name, value in state.items()}
+        new_state, each = processor.process(state, logits[step], Context(tokens, prompts.shape[1], n_new, vocab_size))
+        shapes = {name: (value.shape, value.dtype) for name, value in new_state.items()}
+        assert shapes == first, f"step {step}: the state changed from {first} to {shapes}"
+        assert all(torch.equal(state[name], value) for name, value in kept.items()), "the old state was written to"
+        assert torch.equal(logits, before), "the logits were written to"
+        state = new_state
+        processed.append(each)
+        states.append(state)
+        tokens = torch.cat([tokens, each.argmax(dim=-1, keepdim=True)], dim=1)
+    return tokens, processed, states
+
+
+def check_rows_are_independent(
+    processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tensor, whole: Driven
+) -> None:
+    """Each row alone, and with the rows in another order, has the result that it has in the batch."""
+    for row in range(len(prompts)):
+        alone = drive(processor, prompts[row : row + 1], logits[:, row : row + 1])
+        _assert_same_rows(alone, whole, torch.tensor([row]), "alone")
+    order = torch.arange(len(prompts)).flip(0)
+    _assert_same_rows(drive(processor, prompts[order], logits[:, order]), whole, order, "in another order")
+
+
+def check_reorder_follows_rows(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tensor) -> None:
+    """Rows that are repeated, dropped and moved in the middle go on as if they had been so from the beginning."""
+    rows = torch.tensor([len(prompts) - 1, 0, 0])
+    expected, _, _ = drive(processor, prompts[rows], logits[:, rows])
+    n_new, _, vocab_size = logits.shape
+    for moment in range(1, n_new):
+        tokens, n_prompt = prompts, prompts.shape[1]
+        state = processor.init(Context(tokens, n_prompt, n_new, vocab_size))
+        for step in range(n_new):
+            if step == moment:
+                tokens, state = tokens[rows], processor.reorder(state, rows)
+            own = logits[step] if step < moment else logits[step][rows]
+            state, each = processor.process(state, own, Context(tokens, n_prompt, n_new, vocab_size))
+            tokens = torch.cat([tokens, each.argmax(dim=-1, keepdim=True)], dim=1)
+        assert torch.equal(tokens, expected), f"reordered before step {moment}, rows go on otherwise"
+
+
+def check_is_configuration_only(
+    processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tensor, whole: Driven
+) -> None:
+    """One object serves several generations: again, interleaved, and from two threads."""
+    rows = torch.arange(len(prompts))
+    _assert_same_rows(drive(processor, prompts, logits), whole, rows, "used again")
+    n_new, _, vocab_size = logits.shape
+    runs = [(prompts, logits), (prompts.flip(0), logits.flip(1))]
+    tokens = [own for own, _ in runs]
+    states = [processor.init(Context(own, own.shape[1], n_new, vocab_size)) for own in tokens]
+    for step in range(n_new):
+        for run, (own, own_logits) in enumerate(runs):
+            context = Context(tokens[run], own.shape[1], n_new, vocab_size)
+            states[run], each = processor.process(states[run], own_logits[step], context)
+            tokens[run] = torch.cat([tokens[run], each.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(tokens[0], whole[0]), "two generations in turn disturb each other"
+    assert torch.equal(tokens[1], whole[0].flip(0)), "two generations in turn disturb each other"
+    with ThreadPoolExecutor(2) as pool:
+        for driven in pool.map(lambda _: drive(processor, prompts, logits), range(4)):
+            _assert_same_rows(driven, whole, rows, "in two threads")
+
+
+def _assert_same_rows(driven: Driven, whole: Driven, rows: torch.Tensor, where: str) -> None:
+    assert torch.equal(driven[0], whole[0][rows]), f"a row's tokens are others {where}"
+    for step, (own, expected) in enumerate(zip(driven[1], whole[1], strict=True)):
+        torch.testing.assert_close(
+            own, expected[rows], atol=1e-6, rtol=1e-6, msg=lambda m, s=step: f"step {s}, {where}: {m}"
+        )

@@ -125,8 +125,10 @@ def reference_forward(
             record.append(("attn_block_output", out.detach()))
         x = x + out
         hidden = linear(layer_norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
-        # The tanh approximation of the Gaussian error linear unit, Hendrycks & Gimpel 2016.
-        hidden = 0.5 * hidden * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        # The Gaussian error linear unit, Hendrycks & Gimpel 2016: its approximation, or itself.
+        is_approximate = config.gelu_approximate == "tanh"
+        tanh = torch.tanh(math.sqrt(2.0 / math.pi) * (hidden + 0.044715 * hidden**3)) if is_approximate else None
+        hidden = 0.5 * hidden * (1.0 + (torch.erf(hidden / math.sqrt(2.0)) if tanh is None else tanh))
         x = x + drop(linear(hidden, f"{block}.mlp.c_proj"), config.resid_pdrop)
     return layer_norm(x, "transformer.ln_f") @ weights["lm_head.weight"].t()
 

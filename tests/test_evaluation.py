@@ -280,8 +280,9 @@ def test_a_key_value_prefix_is_one_prefix_for_any_number_of_rows(n_rows, batch_s
     assert (score, score.by_position) == (expected, expected.by_position)
 
 
-@pytest.mark.parametrize("n_prefixes", [4, 10])
-@pytest.mark.parametrize("form", ["tensor", "prefix", "rows"])
+@pytest.mark.parametrize(
+    "form, n_prefixes", [("tensor", 4), ("tensor", 10), ("prefix", 3), ("prefix", 10), ("rows", 4), ("rows", 10)]
+)
 def test_as_many_prefixes_as_rows_are_required(half_trained, n_prefixes, form):
     """Also where a batch, of 4 rows here, would take as many as there are."""
     model, dataset = half_trained
@@ -293,6 +294,16 @@ def test_as_many_prefixes_as_rows_are_required(half_trained, n_prefixes, form):
     }[form]
     with pytest.raises(ValueError):
         evaluate(model, dataset, prefixes, n_rows=8, batch_size=4)
+
+
+def test_prefixes_of_consecutive_rows_keep_their_rows_in_any_batches(half_trained):
+    model, dataset = half_trained
+    values = torch.randn(4, 2, 4, 24, generator=torch.Generator().manual_seed(5))
+    expected = evaluate(model, dataset, values.repeat_interleave(3, dim=0), n_rows=12, precision="float32")
+    for batch_size in (1, 5, 12):
+        grouped = Prefix("activation", values)
+        score = evaluate(model, dataset, grouped, n_rows=12, batch_size=batch_size, precision="float32")
+        assert (score, score.by_position) == (expected, expected.by_position)
 
 
 def test_a_prefix_that_is_longer_than_the_padding_is_refused():

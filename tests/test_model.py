@@ -97,6 +97,14 @@ def test_forward_is_the_naive_one_at_any_size(n_rows, n_tokens, n_shared, n_laye
     torch.testing.assert_close(model(idx, n_shared=n_shared)[0], reference_forward(model, idx), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("gelu_approximate", ["tanh", "none"])
+def test_either_gelu_is_the_naive_one(gelu_approximate):
+    model, idx = random_model(std=0.5, gelu_approximate=gelu_approximate), random_tokens()
+    torch.testing.assert_close(model(idx)[0], reference_forward(model, idx), atol=2e-5, rtol=1e-5)
+    other = random_model(std=0.5, gelu_approximate={"tanh": "none", "none": "tanh"}[gelu_approximate])
+    assert (other(idx)[0] - model(idx)[0]).abs().max() > 1e-4  # they are two functions
+
+
 def test_the_past_is_what_was_read_before():
     model, idx = random_model(), random_tokens()
     whole, _ = model.extend(idx)
@@ -105,7 +113,8 @@ def test_the_past_is_what_was_read_before():
         logits, past = model.extend(idx[:, start:end], past)
         pieces.append(logits)
         assert len(past) == L
-        assert past[0][0].shape == past[-1][1].shape == (B, H, end, C // H)
+        assert sum(keys.shape[3] for keys, _ in past[-1]) == end
+        assert past[0][-1][0].shape == past[-1][-1][1].shape == (1, H, B, end - start, C // H)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -129,13 +138,13 @@ def test_causality_by_gradients(n_past):
     past = None
     if n_past:
         past = [
-            tuple(torch.randn(1, H, n_past, C // H, generator=generator, requires_grad=True) for _ in range(2))
+            [tuple(torch.randn(1, H, 1, n_past, C // H, generator=generator, requires_grad=True) for _ in range(2))]
             for _ in range(L)
         ]
     embeddings = torch.randn(B, n_tokens, C, generator=generator, requires_grad=True)
     logits, _ = model.extend(None, past, embeddings=embeddings)  # (B, T, V)
     direction = torch.randn(V, generator=generator)
-    flat_past = [part for layer in past or () for part in layer]
+    flat_past = [part for layer in past or () for piece in layer for part in piece]
     for row in range(B):
         for t in range(n_tokens):
             own, *of_past = torch.autograd.grad(
@@ -272,7 +281,24 @@ def test_default_config():
     config = GPT.get_default_config().to_dict()
     dropouts = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
     missing = dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "block_size"))
-    assert config == {"model_type": "gpt", "skip_layer_norm": False} | missing | dropouts
+    others = {"model_type": "gpt", "skip_layer_norm": False, "gelu_approximate": "tanh", "init": "gpt2"}
+    assert config == others | missing | dropouts
+
+
+def test_with_zero_residuals_the_blocks_begin_as_the_identity():
+    model, idx = GPT(make_config(init="zero_residual")).eval(), random_tokens()
+    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:T]
+    assert torch.equal(model(idx)[0], model.lm_head(model.transformer.ln_f(x)))
+    for name, weight in model.named_parameters():
+        if name.endswith(("c_attn.weight", "c_fc.weight")):
+            assert weight.std() == pytest.approx(1 / math.sqrt(C), rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{"init": "zero"}, {"gelu_approximate": "erf"}])
+def test_an_unknown_choice_is_refused(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        GPT(make_config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -462,8 +488,9 @@ def random_gpt2(seed=0, **changes):
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
-def test_a_gpt2_of_transformers_keeps_its_logits(tie_word_embeddings):
-    theirs = random_gpt2(tie_word_embeddings=tie_word_embeddings)
+@pytest.mark.parametrize("activation_function", ["gelu_new", "gelu"])
+def test_a_gpt2_of_transformers_keeps_its_logits(tie_word_embeddings, activation_function):
+    theirs = random_gpt2(tie_word_embeddings=tie_word_embeddings, activation_function=activation_function)
     ours = GPT.from_huggingface(theirs)
     idx = torch.randint(37, (B, 15), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():

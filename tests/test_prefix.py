@@ -106,12 +106,12 @@ def test_logits_are_the_naive_splices_at_any_size(kind, n_rows, n_content, n_pre
 
 def test_the_past_of_an_activation_prefix_is_a_key_value_prefix():
     model, idx, values = random_model(), random_tokens(), random_values("activation")
-    past = activation_past(model.blocks, values[None])  # L pairs of (1, H, P, D)
-    assert [part.shape for layer in past for part in layer] == [(1, H, P, C // H)] * (2 * L)
-    key_value = torch.stack([torch.stack([part[0].transpose(0, 1).reshape(P, C) for part in layer]) for layer in past])
+    past = activation_past(model.blocks, values[None])  # L layers of one pair of (1, H, 1, P, D)
+    assert [part.shape for (pair,) in past for part in pair] == [(1, H, 1, P, C // H)] * (2 * L)
+    key_value = torch.stack([torch.stack([part.transpose(1, 3).reshape(P, C) for part in pair]) for (pair,) in past])
     assert key_value.shape == SHAPES["key_value"]
     assert_close(model(idx, prefixes=key_value)[0], model(idx, prefixes=values)[0])
-    for own, split in zip(past, key_value_past(key_value[None], H), strict=True):
+    for (own,), (split,) in zip(past, key_value_past(key_value[None], H), strict=True):
         assert torch.equal(own[0], split[0])
         assert torch.equal(own[1], split[1])
 
@@ -168,6 +168,30 @@ def test_rows_may_be_more_or_fewer_than_the_prefixes(kind):
         idx = random_tokens(n_rows)
         forms, of_row = in_every_form(kind, n_rows)
         assert_close(model(idx, prefixes=forms[0])[0][:, P:], reference_forward(model, idx, of_row, kind)[:, P:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows_each", [1, 2, 3])
+def test_without_rows_each_prefix_has_its_share_of_consecutive_rows(kind, rows_each):
+    """And the function and its gradients are those of the naive splice, row by row."""
+    model, values = random_model(), random_values(kind, K).requires_grad_()
+    idx, targets = random_tokens(K * rows_each), random_targets(K * rows_each)
+    logits, loss = model(idx, targets, prefixes=Prefix(kind, values))
+    expected = reference_forward(model, idx, values.repeat_interleave(rows_each, dim=0), kind)
+    assert_close(logits[:, P:], expected[:, P:])
+    (found,) = torch.autograd.grad(loss, values)
+    (naive,) = torch.autograd.grad(reference_loss(expected, targets), values)
+    assert_close(found, naive, rtol=1e-4)
+
+
+def test_a_group_of_rows_reads_on():
+    """What a batch has read after K prefixes is a past that it can read on from."""
+    model, values, idx = random_model(), random_values("activation", K), random_tokens(2 * K)
+    past = model.past_of_prefix(Prefix("activation", values))
+    first, past = model.extend(idx[:, P : P + 3], past)
+    second, _ = model.extend(idx[:, P + 3 :], past)
+    whole, _ = model(idx, prefixes=Prefix("activation", values))
+    assert_close(torch.cat([first, second], dim=1), whole[:, P:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,11 +331,11 @@ def test_a_tensor_that_does_not_fit_is_refused(shape, message):
 @pytest.mark.parametrize(
     "kind, shape, rows, message",
     [
-        ("activation", (K, L, P, C), None, "4 prefixes for 3 rows"),
+        ("activation", (K, L, P, C), None, "3 rows cannot be shared out evenly to 4 prefixes"),
         ("activation", (K, L, P, C), 2, r"rows has shape \(2,\), expected \(3,\)"),
         ("key_value", (1, L + 1, 2, P, C), None, "3 layers, the model has 2"),
         ("key_value", (1, L, 3, P, C), None, "keys and values"),
-        ("prompt", (2, P, C), None, "2 prefixes for 3 rows"),
+        ("prompt", (2, P, C), None, "3 rows cannot be shared out evenly to 2 prefixes"),
     ],
 )
 def test_a_prefix_that_does_not_fit_is_refused(kind, shape, rows, message):
