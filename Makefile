@@ -23,7 +23,7 @@ notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a qui
 	$(BIN)/python notebooks/run.py
 
 bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process
-	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) --editable '.[bench,grammar]'
 	$(BIN)/python benchmarks/bench_core.py
 
 $(VENV)/bin/python:
@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python setup.py constraints.txt
-	$(INSTALL) --editable '.[dev,hf]'
+	$(INSTALL) --editable '.[dev,hf,grammar]'
 	touch $@ $(VENV)/.installed
 
 clean:

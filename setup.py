@@ -25,11 +25,13 @@ setup(
         "matplotlib>=3.8",
         "seaborn>=0.13",
         "click>=8.1",
+        "automata-lib>=9",
         "tqdm>=4.66",
     ],
     extras_require={
         "hf": ["transformers>=4.50"],
         "bench": ["transformers>=4.50", "peft>=0.14"],
+        "grammar": ["llguidance>=1.3"],
         "notebooks": ["jupyterlab>=4"],
         "dev": [
             "pytest>=8",

@@ -165,12 +165,35 @@ def evaluate_command(tasks: tuple[str, ...], folder: Path, without_prefix: bool,
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--top-k", default=None, type=click.IntRange(min=1), help="Draw from the K likeliest tokens only.")
 @click.option("--seed", default=0, show_default=True, help="For drawing.")
+@click.option(
+    "--regex", default=None, metavar="EXPRESSION", help='What the answer must match, such as "1* (2|3)+ [4-9]*".'
+)
+@click.option(
+    "--constraint",
+    "constraints",
+    multiple=True,
+    type=click.Choice(["sorted", "descending", "permutation"]),
+    help="What the answer must be; may be repeated.",
+)
 def generate(
-    row: str, task: str | None, folder: Path, sample: bool, temperature: float, top_k: int | None, seed: int
+    row: str,
+    task: str | None,
+    folder: Path,
+    sample: bool,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    regex: str | None,
+    constraints: tuple[str, ...],
 ) -> None:
-    """Answer one input ROW, such as "6 2 7 6 7 5 3 6 6 10"."""
+    """Answer one input ROW, such as "6 2 7 6 7 5 3 6 6 10".
+
+    With --regex or --constraint only an answer that satisfies it can come out, whatever the model knows.
+    """
     import torch
 
+    from mingpt import constraints as known
+    from mingpt.automata import DFA
     from mingpt.tasks import Task
 
     model, prefixes, description = _load(folder)
@@ -183,6 +206,14 @@ def generate(
     if len(values) != length or not all(0 <= value < vocabulary for value in values):
         raise click.UsageError(f"the model reads rows of {length} integers from 0 to {vocabulary - 1}, got {row!r}")
     chosen = None if task is None else _prefix_of(prefixes, str(Task.parse(task)), folder)
+    made = {
+        "sorted": known.MonotoneConstraint(),
+        "descending": known.MonotoneConstraint(is_descending=True),
+        "permutation": known.MultisetConstraint(),
+    }
+    processors = [made[name] for name in constraints]
+    if regex is not None:
+        processors.append(known.RegularConstraint(DFA.from_regex(regex, vocabulary)))
     tokens = model.generate(
         torch.tensor([[0] * padding + values]),
         length,
@@ -190,7 +221,8 @@ def generate(
         do_sample=sample,
         top_k=top_k,
         prefixes=chosen,
-        generator=torch.Generator().manual_seed(seed),
+        logits_processors=processors,
+        seed=seed,
     )
     click.echo(" ".join(map(str, tokens[0, -length:].tolist())))
 

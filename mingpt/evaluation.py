@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mingpt.datasets import CustomDataset
+from mingpt.logits_processors import Constraint
 from mingpt.precision import autocast
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.tasks import SIMPLE_TASKS, Task
@@ -112,6 +113,7 @@ def solve(
     logits_processors: Iterable[Callable] = (),
     n_given: int = 0,
     given: np.ndarray | None = None,
+    pressure_record: list[Tensor] | None = None,
 ) -> np.ndarray:
     """The model's greedy answers to input rows.
 
@@ -125,6 +127,8 @@ def solve(
         logits_processors: see ``mingpt.generation.generate``.
         n_given: how many tokens of each answer are given with the prompt.
         given: (N, L) answers to take them from.
+        pressure_record: a list that receives, for each batch, the probability that each constraint forbade, (steps,
+            rows, number of constraints); see ``mingpt.generation.generate``.
 
     Returns:
         (N, L) answers.
@@ -147,14 +151,19 @@ def solve(
         with autocast(precision, model.device):
             for start in range(0, n_rows, batch_size):
                 rows = slice(start, start + batch_size)
+                record: list[Tensor] = []
+                options = {} if pressure_record is None else {"pressure_record": record}
                 outputs.append(
                     model.generate(
                         tokens[rows],
                         length - n_given,
                         prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
                         logits_processors=processors,
+                        **options,
                     )[:, prefix_padding + length :]
                 )
+                if pressure_record is not None:
+                    pressure_record.append(torch.stack(record))
     finally:
         model.train(was_training)
     return torch.cat(outputs).cpu().numpy()
@@ -163,6 +172,55 @@ def solve(
 def _of_rows(prefix: Prefix, n_rows: int, rows: slice) -> Prefix:
     """The prefixes of some of ``n_rows`` rows."""
     return prefix if prefix.n_prefixes == 1 else Prefix(prefix.kind, prefix.values, prefix.owners(n_rows)[rows])
+
+
+@dataclass(frozen=True)
+class ConstraintEffect:
+    """What a constraint added to what the model and its prefix know.
+
+    Attributes:
+        free: the score without the constraint.
+        constrained: the score with it.
+        pressure: at each output position, the mean probability that it took away from the model, L numbers from 0 to 1.
+            Where it is near 0, the model would have kept to the language by itself.
+    """
+
+    free: Score
+    constrained: Score
+    pressure: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        """The accuracy that the constraint added, -1 to 1."""
+        return self.constrained.accuracy - self.free.accuracy
+
+
+def constraint_effect(
+    model: Any,
+    dataset: CustomDataset,
+    constraints: Iterable[Constraint],
+    prefixes: Tensor | Prefix | None = None,
+    n_rows: int = N_ROWS,
+    **options: Any,
+) -> ConstraintEffect:
+    """Solve the same rows freely and under constraints, and see how much the constraints had to forbid.
+
+    Args:
+        model: a GPT.
+        dataset: see ``evaluate``.
+        constraints: of ``mingpt.constraints``, together.
+        prefixes: see ``evaluate``.
+        n_rows: how many rows.
+        options: batch_size, precision; see ``solve``.
+    """
+    inputs, solutions = dataset.rows(range(n_rows))
+    free = Score.of(solve(model, inputs, dataset.prefix_padding, prefixes, **options), solutions)
+    record: list[Tensor] = []
+    options |= {"logits_processors": tuple(constraints), "pressure_record": record}
+    answers = solve(model, inputs, dataset.prefix_padding, prefixes, **options)
+    kept = 1 - torch.cat(record, dim=1)  # (L, N, constraints), of what the ones before had left
+    pressure = 1 - kept.prod(dim=2).mean(dim=1)
+    return ConstraintEffect(free, Score.of(answers, solutions), tuple(pressure.clamp(min=0).tolist()))
 
 
 @dataclass(frozen=True)

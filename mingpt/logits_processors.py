@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[str, Tensor]
-"""Tensors with the batch first, whose shapes and dtypes stay the same; a ``reorder`` of one's own may keep others."""
+State = dict[str, Any]
+"""Tensors with the batch first, whose shapes and dtypes stay the same. With a ``reorder`` of one's own there may be
+other things, such as a table that all rows share."""
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 """(tokens so far (B, T), logits (B, V)) to logits (B, V)."""
@@ -242,6 +243,8 @@ def describe_row(processors: Sequence[LogitsProcessor], states: Sequence[State],
     """Each processor's name and its state of one row, for a message."""
 
     def own(state: Mapping[str, Any]) -> str:
-        return ", ".join(f"{k} = {v[row].tolist()}" for k, v in state.items() if len(v) == n_rows and v.ndim < 3)
+        return ", ".join(
+            f"{k} = {v[row].tolist()}" for k, v in state.items() if len(v) == n_rows and getattr(v, "ndim", 3) < 3
+        )
 
     return "; ".join(f"{type(p).__name__}({own(state)})" for p, state in zip(processors, states, strict=True))

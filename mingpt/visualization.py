@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from mingpt.evaluation import AccuracyMatrix, Score
+    from mingpt.evaluation import AccuracyMatrix, ConstraintEffect, Score
 
 MAX_ANNOTATED_PANELS = 8
 """The most attention maps in one figure whose values are printed."""
@@ -201,11 +201,32 @@ def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Fi
     return figure
 
 
+def pressure_figure(effects: Mapping[str, ConstraintEffect], title: str = "") -> Figure:
+    """Draw how much probability constraints took away at each output position: one row for each effect.
+
+    Args:
+        effects: by name, all of the same length.
+        title: above the figure.
+
+    Raises:
+        ValueError: if there are no effects, or their lengths differ.
+    """
+    lengths = {name: len(effect.pressure) for name, effect in effects.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"effects must have a pressure of one and the same length, got the lengths {lengths}")
+    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
+    pressures = np.array([effect.pressure for effect in effects.values()])
+    figure, ax = _percent_heatmap(tuple(effects), columns, pressures, title, "forbidden probability in percent")
+    ax.set_xlabel("output position", fontsize=9)
+    return figure
+
+
 def prefix_effect_figure(
     with_prefix: Mapping[str, Score],
     without_prefix: Mapping[str, Score],
     groups: Mapping[str, Sequence[str]],
     title: str = "",
+    labels: tuple[str, str] = ("with its prefix", "without prefix"),
 ) -> Figure:
     """Draw the accuracy on each task with and without its prefix, with 95% intervals.
 
@@ -214,6 +235,7 @@ def prefix_effect_figure(
         without_prefix: the same model's without a prefix.
         groups: the tasks to draw, from top to bottom, by the name of their group.
         title: above the figure.
+        labels: what the two scores are, where it is another comparison.
 
     Raises:
         ValueError: if no tasks are named, or a score of one is missing.
@@ -231,8 +253,8 @@ def prefix_effect_figure(
     figure = _new_figure(6.6, 0.3 * ticks[-1][0] + 1.5, title)
     ax = figure.subplots()
     for label, scores, offset, color in (
-        ("with its prefix", with_prefix, -0.2, _DARK),
-        ("without prefix", without_prefix, 0.2, _PALE),
+        (labels[0], with_prefix, -0.2, _DARK),
+        (labels[1], without_prefix, 0.2, _PALE),
     ):
         percent = 100 * np.array([(scores[task].accuracy, *scores[task].interval) for task in tasks])
         accuracy, low, high = percent.T
@@ -372,17 +394,17 @@ def _heatmap(
 
 
 def _percent_heatmap(
-    rows: Sequence[str], columns: Sequence[str], accuracies: np.ndarray, title: str
+    rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, title: str, label: str = "accuracy in percent"
 ) -> tuple[Figure, Axes]:
-    """A figure of accuracies, 0 to 1, as annotated percentages on a scale from 0 to 100."""
+    """A figure of shares, 0 to 1, as annotated percentages on a scale from 0 to 100."""
     width, height = 0.42 * len(columns) + 0.075 * max(map(len, rows)), 0.26 * len(rows) + 0.05 * max(map(len, columns))
     figure = _new_figure(max(width + 1.2, 5.0), height + 1.4, title)
     ax = figure.subplots()
-    texts = np.array([[_percent(accuracy) for accuracy in row] for row in accuracies])
-    _heatmap(ax, 100 * accuracies, 100, texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
+    texts = np.array([[_percent(share) for share in row] for row in shares])
+    _heatmap(ax, 100 * shares, 100, texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=8)
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
-    _add_colorbar(figure, np.array([[ax]]), "accuracy in percent", shrink=1.0)
+    _add_colorbar(figure, np.array([[ax]]), label, shrink=1.0)
     return figure, ax
 
 

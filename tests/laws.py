@@ -279,11 +279,11 @@ def drive(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tenso
     tokens, before = prompts, logits.clone()
     context = Context(tokens, prompts.shape[1], n_new, vocab_size)
     state, processed, states = processor.init(context), [], []
-    first = {name: (value.shape, value.dtype) for name, value in state.items()}
+    first = {name: _form(value) for name, value in state.items()}
     for step in range(n_new):
-        kept = {name: value.clone() for name, value in state.items()}
+        kept = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
         new_state, each = processor.process(state, logits[step], Context(tokens, prompts.shape[1], n_new, vocab_size))
-        shapes = {name: (value.shape, value.dtype) for name, value in new_state.items()}
+        shapes = {name: _form(value) for name, value in new_state.items()}
         assert shapes == first, f"step {step}: the state changed from {first} to {shapes}"
         assert all(torch.equal(state[name], value) for name, value in kept.items()), "the old state was written to"
         assert torch.equal(logits, before), "the logits were written to"
@@ -292,6 +292,10 @@ def drive(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tenso
         states.append(state)
         tokens = torch.cat([tokens, each.argmax(dim=-1, keepdim=True)], dim=1)
     return tokens, processed, states
+
+
+def _form(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else (type(value), len(value))
 
 
 def check_rows_are_independent(

@@ -18,7 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 LAYERS = [
     {"utils", "tasks", "automata", "precision", "past"},
     {"datasets", "prefix", "logits_processors", "checkpoint", "optim"},
-    {"generation", "batches"},
+    {"generation", "batches", "constraints", "grammar"},
     {"model"},
     {"trainer", "evaluation", "predictor", "visualization", "store"},
     {"multistep", "experiment"},

@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from reference import random_model, reference_forward, reference_generate
 
-from mingpt.generation import generate
+from mingpt.automata import DFA
+from mingpt.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
+from mingpt.generation import beam_search, generate
+from mingpt.logits_processors import LogitsProcessor, SuppressedTokens, Temperature
+from mingpt.past import n_positions
 from mingpt.precision import autocast
 from mingpt.prefix import Prefix
 
@@ -303,6 +307,238 @@ def test_without_a_generator_samples_follow_the_global_seed():
         samples.append(model.generate(prompts, N_NEW, do_sample=True))
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize("first_row", [0, 3, 4, 1001])
+def test_a_rows_sample_does_not_depend_on_its_batch(first_row):
+    """It is a function of the seed and the row's number, whatever else is sampled with it."""
+    model, prompts = random_model(std=0.1), random_prompts(n_rows=7)
+    whole = model.generate(prompts, N_NEW, do_sample=True, seed=5, first_row=first_row)
+    for size in (1, 2, 5):
+        parts = [
+            model.generate(prompts[i : i + size], N_NEW, do_sample=True, seed=5, first_row=first_row + i)
+            for i in range(0, 7, size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    for other in ({"seed": 6, "first_row": first_row}, {"seed": 5, "first_row": first_row + 1}):
+        assert not torch.equal(model.generate(prompts, N_NEW, do_sample=True, **other), whole)
+
+
+def test_rows_with_the_same_prompt_are_sampled_independently():
+    model, prompt = random_model(std=0.1), random_prompts(n_rows=1)
+    tokens = model.generate(prompt.expand(200, -1), 2, do_sample=True, seed=0)[:, T:]
+    assert len(tokens.unique(dim=0)) > 50
+
+
+# ---------------------------------------------------------------------------------------------------- stop token
+
+
+class Counting:
+    """A model that counts how many rows and tokens it reads for the sake of a next token."""
+
+    def __init__(self, model):
+        self.model, self.read = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def extend(self, tokens, past=None, **options):
+        if "n_last" in options:
+            self.read.append((len(tokens), n_positions(past) + tokens.shape[1]))
+        return self.model.extend(tokens, past, **options)
+
+
+@pytest.mark.parametrize("n_new", [N_NEW, 15])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_stop_token_ends_a_row_and_fills_it_up(n_new, per_row):
+    """The others go on as if nobody had left, also where the window moves, each with its own prefix."""
+    model, prompts = random_model(), random_prompts(n_rows=9, seed=4)
+    values = random_values("activation", 9) if per_row else None
+    free = model.generate(prompts, n_new, prefixes=values, do_sample=True, seed=1)
+    stop = free[:, T:].flatten().bincount().argmax().item()
+    expected = free.clone()
+    for row in expected[:, T:]:
+        if (row == stop).any():
+            row[(row == stop).nonzero()[0, 0] :] = stop
+    assert not torch.equal(expected, free)
+    counting = Counting(model)
+    tokens = generate(counting, prompts, n_new, prefixes=values, do_sample=True, seed=1, stop_token=stop)
+    assert torch.equal(tokens, expected)
+    alive = [9, *((expected[:, T : T + step + 1] != stop).all(dim=1).sum().item() for step in range(n_new))]
+    assert [n_rows for n_rows, _ in counting.read] == [n for n in alive[:n_new] if n]  # nobody who has ended is read
+
+
+def test_when_all_rows_have_ended_nothing_is_read():
+    model, prompts = Counting(random_model()), random_prompts()
+    tokens = generate(
+        model, prompts, N_NEW, stop_token=3, logits_processors=[lambda _, logits: -abs(logits - logits[:, 3:4])]
+    )
+    assert (tokens[:, T:] == 3).all()
+    assert len(model.read) == 1
+
+
+# -------------------------------------------------------------------------------------------------- jump-forward
+
+
+def test_where_only_one_token_may_follow_the_model_is_not_asked():
+    model, prompts = random_model(), random_prompts()
+    constraint = RegularConstraint(DFA.from_regex("(1|2) 3 3 3 (4|5) 6", V))
+    counting = Counting(model)
+    tokens = generate(counting, prompts, 6, logits_processors=[constraint, Temperature(2.0)])
+    assert counting.read == [(B, T), (B, T + 4)]  # for the first and the fifth
+    every_step = generate(model, prompts, 6, logits_processors=[constraint], pressure_record=[])
+    assert torch.equal(tokens, every_step)
+    assert torch.equal(tokens, naive_masked(model, prompts, 6, constraint))
+
+
+def naive_masked(model, prompts, n_new, constraint):
+    """Every token by a full run, over what the automaton can still complete."""
+    tokens, dfa = prompts, constraint.dfa
+    away = dfa.completable(n_new)
+    state = torch.zeros(len(prompts), dtype=torch.int64)
+    for step in range(n_new):
+        logits = reference_forward(model, tokens[:, -BLOCK:])[:, -1].detach()
+        allowed = away[n_new - step - 1][dfa.next[state]]
+        chosen = logits.masked_fill(~allowed, float("-inf")).argmax(dim=-1)
+        tokens, state = torch.cat([tokens, chosen[:, None]], dim=1), dfa.next[state, chosen]
+    return tokens
+
+
+class CountingSteps(LogitsProcessor):
+    def init(self, context):
+        return {"steps": torch.zeros(len(context.tokens))}
+
+    def process(self, state, logits, context):
+        assert state["steps"].unique().tolist() == [context.step]
+        return {"steps": state["steps"] + 1}, logits
+
+
+def test_a_processor_with_a_state_misses_no_step():
+    constraint = RegularConstraint(DFA.from_regex("(1|2) 3 3 3 (4|5) 6", V))
+    counting = Counting(random_model())
+    generate(counting, random_prompts(), 6, logits_processors=[constraint, CountingSteps()])
+    assert len(counting.read) == 6
+
+
+# ------------------------------------------------------------------------------------------ constraint pressure
+
+
+def test_the_pressure_is_the_probability_that_is_forbidden():
+    model, prompts, record = random_model(), random_prompts(), []
+    constraints = [SuppressedTokens([0, 1, 2]), lambda _, logits: logits / 2, SuppressedTokens([2, 3])]
+    tokens = generate(model, prompts, N_NEW, logits_processors=constraints, pressure_record=record)
+    assert torch.equal(tokens, generate(model, prompts, N_NEW, logits_processors=constraints))
+    assert [each.shape for each in record] == [(B, 2)] * N_NEW
+    for step, pressure in enumerate(record):
+        logits = reference_forward(model, tokens[:, : T + step][:, -BLOCK:])[:, -1].detach()
+        first = F.softmax(logits, dim=-1)[:, :3].sum(dim=-1)
+        logits[:, :3] = float("-inf")
+        second = F.softmax(logits / 2, dim=-1)[:, 3]
+        torch.testing.assert_close(pressure, torch.stack([first, second], dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_have_ended_are_under_no_pressure():
+    model, prompts, record = random_model(), random_prompts(n_rows=6), []
+    options = {"do_sample": True, "seed": 2, "stop_token": 4, "logits_processors": [SuppressedTokens([0])]}
+    tokens = generate(model, prompts, N_NEW, pressure_record=record, **options)
+    has_ended = F.pad((tokens[:, T:] == 4).cumsum(dim=1) > 0, (1, 0))[:, : len(record)]
+    assert has_ended.any()
+    assert torch.equal(torch.stack(record)[..., 0].isnan().T, has_ended)
+
+
+# -------------------------------------------------------------------------------------------------- beam search
+
+
+def log_likelihoods(model, prompts, continuations):
+    """(B, M) the log-probability of each of M continuations (M, N) of each prompt, by full runs."""
+    scores = []
+    for prompt in prompts:
+        tokens = torch.cat([prompt.expand(len(continuations), -1), continuations], dim=1)
+        log_p = F.log_softmax(reference_forward(model, tokens).detach(), dim=-1)[:, len(prompt) - 1 : -1]
+        scores.append(log_p.gather(2, continuations[:, :, None]).sum(dim=(1, 2)))
+    return torch.stack(scores)
+
+
+def every_continuation(n_tokens):
+    return torch.cartesian_prod(*[torch.arange(V)] * n_tokens).view(-1, n_tokens)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("n_new", [N_NEW, 15])
+def test_one_beam_is_greedy(n_new, per_row):
+    model, prompts = random_model(), random_prompts()
+    values = random_values("activation", B) if per_row else None
+    tokens, scores = beam_search(model, prompts, n_new, 1, prefixes=values)
+    assert torch.equal(tokens[:, 0], model.generate(prompts, n_new, prefixes=values))
+    assert scores.shape == (B, 1)
+
+
+def test_enough_beams_find_the_best_of_all_continuations():
+    model, prompts = random_model(std=0.1), random_prompts()
+    likelihoods = log_likelihoods(model, prompts, every_continuation(3))
+    best = likelihoods.topk(5, dim=1)
+    tokens, scores = beam_search(model, prompts, 3, V**2)  # nothing that could become the best is ever dropped
+    torch.testing.assert_close(scores[:, :5], best.values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens[:, :5, T:], every_continuation(3)[best.indices])
+    assert (scores.diff(dim=1) <= 0).all()
+
+
+def test_the_scores_of_few_beams_are_those_of_their_continuations():
+    model, prompts = random_model(std=0.1), random_prompts()
+    tokens, scores = beam_search(model, prompts, 4, 3)
+    for row in range(B):
+        expected = log_likelihoods(model, prompts[row : row + 1], tokens[row, :, T:])[0]
+        torch.testing.assert_close(scores[row], expected, atol=1e-4, rtol=1e-4)
+        assert len(tokens[row].unique(dim=0)) == 3
+
+
+def test_beams_under_a_constraint_are_the_best_of_its_language():
+    model, prompts = random_model(std=0.1), random_prompts()
+    everything = every_continuation(3)
+    constraint = RegularConstraint(DFA.from_regex("(1|2)* 3 [4-6]*", V))
+    members = everything[constraint.dfa.accepts(everything)]
+    tokens, scores = beam_search(model, prompts, 3, 40, logits_processors=[constraint])
+    best = log_likelihoods(model, prompts, members).sort(dim=1, descending=True)
+    n_members = len(members)
+    assert 3 < n_members < 40
+    torch.testing.assert_close(scores[:, :n_members], best.values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens[:, :n_members, T:], members[best.indices])
+    assert scores[:, n_members:].isneginf().all()
+
+
+@pytest.mark.parametrize("constraint", [MultisetConstraint(), MonotoneConstraint()])
+def test_beams_carry_their_own_states(constraint):
+    model, prompts = random_model(), random_prompts()
+    tokens, scores = beam_search(model, prompts, 4, 5, logits_processors=[constraint])
+    rows = tokens[:, :, T:][scores.isfinite()]
+    if isinstance(constraint, MonotoneConstraint):
+        assert (rows.diff(dim=1) >= 0).all()
+    else:
+        given = prompts[:, None, -4:].expand(-1, 5, -1)[scores.isfinite()]
+        assert torch.equal(rows.sort(dim=1).values, given.sort(dim=1).values)
+
+
+def test_a_beam_that_has_ended_keeps_its_score():
+    """The best of all continuations, where those that stop early are scored up to the stop token."""
+    model, prompts, stop = random_model(std=0.1), random_prompts(), 4
+    everything = every_continuation(3)
+    is_after = F.pad((everything == stop).cumsum(dim=1) > 0, (1, 0))[:, :3]
+    kept = everything[(~is_after | (everything == stop)).all(dim=1)]
+    is_after = F.pad((kept == stop).cumsum(dim=1) > 0, (1, 0))[:, :3]
+    scores = []
+    for prompt in prompts:
+        tokens = torch.cat([prompt.expand(len(kept), -1), kept], dim=1)
+        log_p = F.log_softmax(reference_forward(model, tokens).detach(), dim=-1)[:, T - 1 : -1]
+        scores.append((log_p.gather(2, kept[:, :, None])[..., 0] * ~is_after).sum(dim=1))
+    best = torch.stack(scores).topk(5, dim=1)
+    tokens, found = beam_search(model, prompts, 3, V**2, stop_token=stop)
+    torch.testing.assert_close(found[:, :5], best.values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens[:, :5, T:], kept[best.indices])
+
+
+def test_no_beams_are_refused():
+    with pytest.raises(ValueError, match="n_beams must be at least 1, got 0"):
+        beam_search(random_model(), random_prompts(), 3, 0)
 
 
 # -------------------------------------------------------------------------------------------- logits processors
