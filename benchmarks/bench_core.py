@@ -7,6 +7,7 @@ The peers:
                   prefix spliced in, for every row, in float32, one prefix at a time on batches of 64, no cache
     transformers  Hugging Face's GPT-2 of the same size, in the package's precision; PEFT's prefix tuning of it
     encoder       a plain loop over nn.TransformerEncoderLayer, in the package's precision
+(these two with the same GELU as the package, the reference with minGPT's)
 and the limit, the rate at which torch multiplies the model's own matrices in that precision.
 
 A time is of one row of the work; a ratio is a peer's time by the package's, the median of the rounds with the smallest
@@ -74,6 +75,7 @@ def main() -> None:
         rounds = [{who: seconds_per_row(work) for who, work in works.items()} for _ in range(options.rounds + 1)][1:]
         times[name] = {who: [each[who] for each in rounds] for who in works}
         print(format_row(name, times[name]), flush=True)
+    print(f"the full matrix, 17 x 16 cells of 3,200 rows: {full_matrix(precision):.0f} s")
     if options.run:
         print(whole_experiment(options.run, times))
     if options.json:
@@ -99,7 +101,9 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     )
 
     model = experiment.build_model(config)
-    old = ReferenceLoop(experiment.build_model(config), Trainer.get_default_config())
+    ancestor = config.copy()
+    ancestor.model.gelu_approximate = "tanh"
+    old = ReferenceLoop(experiment.build_model(ancestor), Trainer.get_default_config())
     x, y = mixed.batch(range(512))
     works = {
         "package": steps(Trainer(short(config.trainer, batch_size=512), model, mixed), 512),
@@ -114,7 +118,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     sort = experiment.dataset(config, "train", tasks[:1])
     x1, y1 = sort.batch(range(512))
     prefix = initial_prefix(model, n_positions)
-    old_prefix = ReferenceLoop(experiment.build_model(config), Trainer.get_default_config(), prefix.detach().clone())
+    old_prefix = ReferenceLoop(experiment.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
     rivals = {
         "reference": (lambda: old_prefix.step(x1[:64], y1[:64]), 64),
         "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 2), 512),
@@ -133,7 +137,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     learned = prefix.detach()
     prompts = torch.cat([torch.zeros(3200, n_positions, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
     model.eval()
-    reference = (lambda: reference_generate(model, prompts[:100], length, learned), 100)
+    reference = (lambda: reference_generate(old.model, prompts[:100], length, learned), 100)
     for n_rows in (100, 3200):
         works = {
             "package": (lambda n=n_rows: solve(model, inputs[:n], n_positions, learned, precision=precision), n_rows),
@@ -147,6 +151,17 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     tests = [experiment.dataset(config, "test", [task]) for task in tasks]
     matrix = (lambda: accuracy_matrix(model, {"one": learned}, tests, 400, precision=precision), len(tasks) * 400)
     yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": reference})
+
+
+def full_matrix(precision: str, n_rows: int = 3200) -> float:
+    """Seconds of scoring the model without a prefix and with each of sixteen on all sixteen tasks, once."""
+    config = experiment.get_default_config("laptop")
+    tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
+    model = experiment.build_model(config)
+    prefixes = {str(task): initial_prefix(model, config.data.prefix_size, "random").detach() for task in tasks}
+    tests = [experiment.dataset(config, "test", [task]) for task in tasks]
+    work = (lambda: accuracy_matrix(model, {"none": None, **prefixes}, tests, n_rows, precision=precision), 1)
+    return seconds_per_row(work)
 
 
 def matrix_products(model: Any, precision: str, n_tokens: int, n_times: int) -> Callable[[], object]:

@@ -52,12 +52,11 @@ class Case:
         set_seed(0)
         self.model = GPT(config).requires_grad_(kind == "model")
         self.values = torch.randn(sizes["K"], sizes["depth"], sizes["P"], sizes["width"], requires_grad=True)
-        self.rows = torch.arange(sizes["batch"]) % sizes["K"]
         self.x, self.y = self.data.batch(range(sizes["batch"]))
 
     def forward(self) -> Tensor:
         """The loss."""
-        prefix = Prefix("activation", self.values, self.rows) if self.kind == "prefix" else None
+        prefix = Prefix("activation", self.values) if self.kind == "prefix" else None
         with autocast("auto", "cpu"):
             _, loss = self.model(
                 self.x, self.y, prefix, n_shared=0 if prefix else self.sizes["P"], n_scored=self.data.length

@@ -27,7 +27,7 @@ class EncoderModel(nn.Module):
             config.n_head,
             4 * config.n_embd,
             dropout=0.0,
-            activation=lambda x: F.gelu(x, approximate="tanh"),
+            activation=lambda x: F.gelu(x, approximate=config.gelu_approximate),
             batch_first=True,
             norm_first=True,
         )
@@ -89,6 +89,7 @@ def _gpt2(config: Any) -> Any:
             n_embd=config.n_embd,
             n_layer=config.n_layer,
             n_head=config.n_head,
+            activation_function="gelu" if config.gelu_approximate == "none" else "gelu_new",
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

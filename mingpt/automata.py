@@ -87,20 +87,28 @@ class DFA:
         Raises:
             ValueError: for a state or token that there is not.
         """
-        names = [start, *(state for state in transitions if state != start)]
-        for state, moves in transitions.items():
+        from automata.fa.dfa import DFA as Description
+
+        states = {start, *transitions}
+        for moves in transitions.values():
             for token, target in moves.items():
-                if target not in names:
-                    raise ValueError(f"state {state!r} goes to {target!r}, which has no transitions; give it {{}}")
                 _check_token(token, vocab_size)
-        if unknown := [state for state in accepting if state not in names]:
+                if target not in states:
+                    raise ValueError(f"a move leads to {target!r}, which has no transitions; give it {{}}")
+        if unknown := [state for state in accepting if state not in states]:
             raise ValueError(f"the accepting state {unknown[0]!r} has no transitions; give it {{}}")
-        refused = len(names)
-        table = torch.full((refused + 1, vocab_size), refused)
-        for number, state in enumerate(names):
-            for token, target in transitions.get(state, {}).items():
-                table[number, token] = names.index(target)
-        return cls(table, torch.tensor([state in accepting for state in names] + [False]))
+        description = Description(
+            states=states,
+            input_symbols=set(map(_symbol, range(vocab_size))),
+            transitions={
+                state: {_symbol(token): target for token, target in transitions.get(state, {}).items()}
+                for state in states
+            },
+            initial_state=start,
+            final_states=set(accepting),
+            allow_partial=True,
+        )
+        return _compile(description.to_complete().minify(), vocab_size)
 
     def minimized(self) -> DFA:
         """The automaton with the fewest states that accepts the same, the same one for equal languages."""

@@ -240,15 +240,8 @@ class Decoding:
             for number, each in enumerate(pressure):
                 record[self.origin, number] = each
             pressure_record.append(record)
-        is_stuck = logits.amax(dim=-1).isneginf() if self.processors else logits.new_zeros(1, dtype=torch.bool)
-        is_stuck = is_stuck if has_ended is None else is_stuck & ~has_ended
-        if is_stuck.any():
-            row = int(is_stuck.nonzero()[0])
-            states = describe_row(self.processors, self._states, row, len(self.tokens))
-            raise ValueError(
-                f"nothing may follow in row {int(self.origin[row])} at step {context.step}, after "
-                f"{self.tokens[row, self.n_prompt :].tolist()}: the processors forbid every token. States: {states}"
-            )
+        if self.processors:
+            self._require_choice(logits, has_ended)
         return logits
 
     def forced(self) -> Tensor | None:
@@ -269,6 +262,19 @@ class Decoding:
             cache.select(rows)
         states = zip(self.processors, self._states, strict=True)
         self._states = [processor.reorder(state, rows) for processor, state in states]
+
+    def _require_choice(self, logits: Tensor, has_ended: Tensor | None) -> None:
+        is_stuck = logits.amax(dim=-1).isneginf()
+        if has_ended is not None:
+            is_stuck &= ~has_ended
+        if is_stuck.any():
+            row = int(is_stuck.nonzero()[0])
+            so_far = self.tokens[row, self.n_prompt :].tolist()
+            raise ValueError(
+                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: the "
+                "processors forbid every token. Their states: "
+                + describe_row(self.processors, self._states, row, len(logits))
+            )
 
     def _ask(self) -> dict[int, Tensor]:
         """What each constraint allows to follow, (B, V) of bool, by its place; each is asked once a step."""

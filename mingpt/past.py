@@ -30,10 +30,11 @@ class LayerCache:
         self._keys = past[0][0].new_empty(batch_size, n_head, n_positions, head_size)
         self._values = self._keys.new_empty(self._keys.shape)
         self.n_filled = 0
-        for keys_values in past:
-            groups = (each.transpose(1, 2) for each in keys_values)  # (G, N or 1, H, S, D)
-            keys, values = (each.expand(-1, batch_size // len(each), -1, -1, -1).flatten(0, 1) for each in groups)
-            self.append(keys, values)
+        for keys, values in past:
+            start, self.n_filled = self.n_filled, self.n_filled + keys.shape[3]
+            for room, piece in ((self._keys, keys), (self._values, values)):
+                # (G, N, H, S, D) of the room takes (G, N or 1, H, S, D)
+                room.unflatten(0, (len(piece), -1))[:, :, :, start : self.n_filled] = piece.transpose(1, 2)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take keys and values of T further positions, (B, H, T, D), and return all so far, (B, H, S + T, D)."""

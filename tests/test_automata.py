@@ -71,14 +71,15 @@ regular_expressions = st.recursive(
 """In the syntax that Python's re shares; within brackets the names of tokens have spaces between them."""
 
 
-def with_spaces(expression):
+def as_ours(expression):
+    """Within brackets this package has spaces between names."""
     return re.sub(r"\[(\^?)(\w)(\w?)\]", r"[\1\2 \3]", expression)
 
 
 @given(expression=regular_expressions, other=regular_expressions)
 @settings(max_examples=60, deadline=None)
 def test_random_expressions_and_their_algebra(expression, other):
-    one, two = (DFA.from_regex(with_spaces(each), 4, LETTERS) for each in (expression, other))
+    one, two = (DFA.from_regex(as_ours(each), 4, LETTERS) for each in (expression, other))
     for n_tokens in range(5):
         strings = all_strings(n_tokens)
         first, second = matches(expression, strings), matches(other, strings)
@@ -91,7 +92,7 @@ def test_random_expressions_and_their_algebra(expression, other):
 @given(expression=regular_expressions)
 @settings(max_examples=30, deadline=None)
 def test_equal_languages_have_equal_minimal_tables(expression):
-    one = DFA.from_regex(with_spaces(expression), 4, LETTERS)
+    one = DFA.from_regex(as_ours(expression), 4, LETTERS)
     same = (~~one | one) & ~(one & ~one)
     for other in (same.minimized(), one.minimized()):
         assert torch.equal(other.next, one.next)
@@ -101,7 +102,7 @@ def test_equal_languages_have_equal_minimal_tables(expression):
 @given(expression=regular_expressions)
 @settings(max_examples=30, deadline=None)
 def test_completable_counts_the_tokens_to_acceptance(expression):
-    dfa = DFA.from_regex(with_spaces(expression), 4, LETTERS)
+    dfa = DFA.from_regex(as_ours(expression), 4, LETTERS)
     away = dfa.completable(4)  # (N + 1, S)
     for n_tokens in range(5):
         assert away[n_tokens, 0] == dfa.accepts(all_strings(n_tokens)).any()
@@ -144,7 +145,7 @@ def test_an_automaton_from_its_transitions():
     strings = all_strings(5, 3)
     expected = ((strings == 1).sum(dim=1) % 2 == 0) & (strings != 2).all(dim=1)
     assert torch.equal(dfa.accepts(strings), expected)
-    with pytest.raises(ValueError, match="goes to 'b'"):
+    with pytest.raises(ValueError, match="a move leads to 'b'"):
         DFA.from_transitions({"a": {0: "b"}}, "a", ["a"], 2)
     with pytest.raises(ValueError, match="accepting state 'b'"):
         DFA.from_transitions({"a": {0: "a"}}, "a", ["b"], 2)

@@ -126,6 +126,44 @@ def test_a_row_that_the_model_cannot_read_is_refused(run, folder, row, message):
     assert len(err.splitlines()) <= 2  # the model's size is logged first
 
 
+ROW = "6 2 7 6 7 5 3 6 6 10"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_right"),
+    [
+        (["--constraint", "sorted"], lambda answer: answer == sorted(answer)),
+        (["--constraint", "descending", "--sample"], lambda answer: answer == sorted(answer, reverse=True)),
+        (["--constraint", "permutation"], lambda answer: sorted(answer) == sorted(map(int, ROW.split()))),
+        (["--regex", "0* (3|5)+ 12", "--sample"], lambda answer: answer[-1] == 12 and set(answer[:9]) <= {0, 3, 5}),
+        (["--regex", "10 .*", "--constraint", "permutation"], lambda answer: answer[0] == 10 and sum(answer) == 58),
+    ],
+)
+def test_generate_keeps_to_constraints(run, folder, options, is_right):
+    code, out, _ = run("generate", "--from", folder, *options, ROW)
+    assert code == 0
+    answer = list(map(int, out.split()))
+    assert len(answer) == 10
+    assert is_right(answer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regex", "(1 2"], "the regular expression '(1 2' does not parse"),
+        (["--regex", "1 13"], "'13', which is no token: they go from 0 to 12"),
+        (["--regex", "(1 2 3)*"], "accepts nothing of 10 tokens; what it accepts has 0, 3, 6, 9, 12, 15, ... tokens"),
+        (["--constraint", "short"], "'short' is not one of"),
+        (["--regex", "11 .*", "--constraint", "permutation"], "nothing may follow in row 0 at step 0"),
+    ],
+)
+def test_a_constraint_that_nothing_satisfies_is_refused(run, folder, options, message):
+    code, out, err = run("generate", "--from", folder, *options, ROW)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) <= 2
+
+
 def test_a_task_without_a_prefix_is_refused(run, folder):
     code, _, err = run("generate", "--from", folder, "--task", "Add1+Add1+Add1", "1 2 3 4 5 6 7 8 9 10")
     assert code == 2

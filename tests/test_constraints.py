@@ -3,16 +3,21 @@
 Legend: B batch, T tokens of the prompt, N tokens to generate, V vocabulary.
 """
 
+import functools
+import itertools
+import re
+
 import pytest
 import torch
 from laws import check_processor_laws
 from reference import random_model
-from test_automata import EXPRESSIONS, LANGUAGES, LETTERS, all_strings, is_balanced, matches
+from test_automata import EXPRESSIONS, LANGUAGES, LETTERS, all_strings, as_ours, is_balanced, is_expression, matches
 
 from mingpt.automata import DFA, PDA
 from mingpt.constraints import MonotoneConstraint, MultisetConstraint, PushdownConstraint, RegularConstraint
 from mingpt.generation import beam_search, generate
 from mingpt.logits_processors import Context, Temperature
+from mingpt.precision import autocast
 from mingpt.prefix import Prefix
 
 T, V, N_NEW = 8, 11, 5  # V is random_model's
@@ -38,15 +43,15 @@ def are_allowed(constraint, strings, prompt=None):
     return result
 
 
-def assert_masks_are_the_language(make, automaton, members, n_tokens, vocab_size=4):
-    strings = all_strings(n_tokens, vocab_size)
+def assert_masks_are_the_language(make, automaton, members, strings):
+    constraint, n_tokens = make(automaton), strings.shape[1]
+    constraint.vocab_size = automaton.vocab_size
     if members.any():
-        constraint = make(automaton)
-        constraint.vocab_size = vocab_size
-        assert torch.equal(are_allowed(constraint, strings), members)
+        parts = [are_allowed(constraint, part) for part in strings.split(100_000)]
+        assert torch.equal(torch.cat(parts), members)
         return
     with pytest.raises(ValueError, match=f"accepts nothing of {n_tokens} tokens"):
-        make(automaton).init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, n_tokens, vocab_size))
+        constraint.init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, n_tokens, automaton.vocab_size))
 
 
 # ------------------------------------------------------------------------------------------- exactly the language
@@ -57,47 +62,81 @@ def test_the_masks_of_an_expression_are_its_language(expression):
     """All 87,380 strings of up to eight tokens."""
     dfa = DFA.from_regex(expression, 4, LETTERS)
     for n_tokens in range(1, 9):
-        members = matches(expression, all_strings(n_tokens))
-        assert_masks_are_the_language(RegularConstraint, dfa, members, n_tokens)
+        strings = all_strings(n_tokens)
+        assert_masks_are_the_language(RegularConstraint, dfa, matches(expression, strings), strings)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_masks_of_a_pushdown_automaton_are_its_language(language):
     pda, is_member = LANGUAGES[language]
     for n_tokens in range(1, 9):
-        members = torch.tensor([is_member(row) for row in all_strings(n_tokens).tolist()])
-        assert_masks_are_the_language(PushdownConstraint, pda, members, n_tokens)
+        strings = all_strings(n_tokens)
+        members = torch.tensor([is_member(row) for row in strings.tolist()])
+        assert_masks_are_the_language(PushdownConstraint, pda, members, strings)
 
 
-TEN = {
-    "1* (2|3)+ [5-9]?": lambda row: _matches_digits("1*[23]+[5-9]?", row),
-    "[0-4]* [5-9]+": lambda row: _matches_digits("[0-4]*[5-9]+", row),
-    "(0 .)*": lambda row: all(token == 0 for token in row[::2]) and len(row) % 2 == 0,
+TEN_LETTERS = "abcdefghij"
+TEN_EXPRESSIONS = [
+    "a*[b-d]+[e-j]?",
+    "[a-e]*[f-j]+",
+    "(a[a-j])*",
+    "[^a]*a[^a]*",
+    "(a|bc|def)*",
+    "[a-j]?[b-j]{2}(ab)*",
+    "((a|b)(c|d|e))*[f-j]{0,3}",
+    "j+i*h+|(ab)*c?",
+    "[a-j]*ab[a-j]*",
+    "(a(b(cd)*e)*f)*|[g-j]+",
+]
+TEN_LANGUAGES = {
+    "three brackets": (
+        PDA.balanced([(0, 1), (2, 3), (4, 5)], 10),
+        lambda row: is_balanced(row, [(0, 1), (2, 3), (4, 5)]),
+    ),
+    "shallow": (PDA.balanced([(0, 9)], 10, depth=2), lambda row: is_balanced(row, [(0, 9)]) and row[:3] != (0, 0, 0)),
+    "expressions": (PDA.expressions([0, 4, 5, 6], [1, 7], (2, 3), 10), lambda row: is_ten_expression(row)),
 }
 
 
-def _matches_digits(expression, row):
-    import re
+def is_ten_expression(row):
+    kinds = {**dict.fromkeys((0, 4, 5, 6), 0), **dict.fromkeys((1, 7), 1), 2: 2, 3: 3}
+    return all(token in kinds for token in row) and is_expression([kinds[token] for token in row])
 
-    return re.fullmatch(expression, "".join(map(str, row))) is not None
+
+@functools.cache
+def strings_of_ten(n_tokens):
+    """All strings of that length over ten tokens, as tokens and as letters."""
+    rows = list(itertools.product(range(10), repeat=n_tokens))
+    return torch.tensor(rows), rows, list(map("".join, itertools.product(TEN_LETTERS, repeat=n_tokens)))
 
 
-@pytest.mark.parametrize("expression", TEN)
+@pytest.mark.slow
+@pytest.mark.parametrize("expression", TEN_EXPRESSIONS)
 def test_the_masks_over_ten_tokens(expression):
-    """All strings of up to five tokens by brute force, of six by the automaton, which the five have checked."""
-    dfa = DFA.from_regex(expression, 10)
-    for n_tokens in range(1, 6):
-        members = torch.tensor([TEN[expression](row) for row in all_strings(n_tokens, 10).tolist()])
-        assert torch.equal(dfa.accepts(all_strings(n_tokens, 10)), members)
-        assert_masks_are_the_language(RegularConstraint, dfa, members, n_tokens, 10)
-    assert_masks_are_the_language(RegularConstraint, dfa, dfa.accepts(all_strings(6, 10)), 6, 10)
+    """All 1,111,110 strings of up to six tokens."""
+    dfa, pattern = DFA.from_regex(as_ours(expression), 10, TEN_LETTERS), re.compile(expression)
+    for n_tokens in range(1, 7):
+        tokens, _, texts = strings_of_ten(n_tokens)
+        members = torch.tensor([pattern.fullmatch(text) is not None for text in texts])
+        assert_masks_are_the_language(RegularConstraint, dfa, members, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", TEN_LANGUAGES)
+def test_the_masks_of_a_pushdown_automaton_over_ten_tokens(language):
+    pda, is_member = TEN_LANGUAGES[language]
+    for n_tokens in range(1, 7):
+        tokens, rows, _ = strings_of_ten(n_tokens)
+        members = torch.tensor([is_member(row) for row in rows])
+        assert_masks_are_the_language(PushdownConstraint, pda, members, tokens)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("n_tokens", [2, 6, 8])
 def test_the_masks_know_how_deep_the_stack_is(depth, n_tokens):
     pda = PDA.balanced([(0, 1), (2, 3)], 4, depth)
-    assert_masks_are_the_language(PushdownConstraint, pda, pda.accepts(all_strings(n_tokens)), n_tokens)
+    strings = all_strings(n_tokens)
+    assert_masks_are_the_language(PushdownConstraint, pda, pda.accepts(strings), strings)
 
 
 def test_permutations_and_sorted_rows():
@@ -162,7 +201,7 @@ def test_ten_thousand_samples_are_in_the_language(name):
 
 
 @pytest.mark.parametrize("name", constraints())
-@pytest.mark.parametrize("form", ["alone", "prefix", "prefix a row", "after a temperature", "beams"])
+@pytest.mark.parametrize("form", ["alone", "prefix", "prefix a row", "after a temperature", "bfloat16", "beams"])
 def test_a_constraint_holds_in_every_way_of_decoding(name, form):
     n_new, constraint = LENGTH[name], constraints()[name][0]
     model, prompts = random_model(block_size=T + n_new), random_prompts(6)
@@ -178,7 +217,8 @@ def test_a_constraint_holds_in_every_way_of_decoding(name, form):
         given = prompts[:, None, -n_new:].expand(-1, 3, -1)[is_found]
         assert is_in_language(name, tokens[is_found][:, T:], given)
         return
-    tokens = generate(model, prompts, n_new, logits_processors=processors, **options)
+    with autocast("bfloat16" if form == "bfloat16" else "float32", "cpu"):
+        tokens = generate(model, prompts, n_new, logits_processors=processors, **options)
     assert is_in_language(name, tokens[:, T:], prompts[:, -n_new:])
 
 

@@ -21,8 +21,19 @@ from reference import (
     reference_rows,
 )
 
+from mingpt.constraints import MonotoneConstraint
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, eval, evaluate, label_batch, solve  # noqa: A004
+from mingpt.evaluation import (
+    AccuracyMatrix,
+    Score,
+    accuracy_matrix,
+    constraint_effect,
+    eval,  # noqa: A004
+    evaluate,
+    label_batch,
+    solve,
+)
+from mingpt.logits_processors import SuppressedTokens
 from mingpt.prefix import Prefix
 from mingpt.tasks import SIMPLE_TASKS, Add1, Divisible, InverseBinary, LessThan, Modulo, SortAscending, SortDescending
 from mingpt.trainer import PrefixTrainer, Trainer
@@ -652,3 +663,34 @@ def test_the_references_steps_are_the_trainers(is_prefix):
         logits = model.eval()(x, prefixes=prefix if is_prefix else None)[0][:, 3:]
         own_logits = reference_forward(own_model.eval(), x, own_prefix if is_prefix else None)[:, 3:]
     torch.testing.assert_close(logits, own_logits, atol=1e-3, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- under constraints
+
+
+def test_the_effect_of_a_constraint_is_both_scores_and_what_it_forbade(half_trained):
+    model, dataset = half_trained
+    constraint = MonotoneConstraint()
+    effect = constraint_effect(model, dataset, [constraint], n_rows=30, batch_size=7, precision="float32")
+    assert effect.free == evaluate(model, dataset, n_rows=30, precision="float32")
+    assert effect.constrained == evaluate(
+        model, dataset, n_rows=30, precision="float32", logits_processors=[constraint]
+    )
+    assert effect.gap == effect.constrained.accuracy - effect.free.accuracy
+    inputs, _ = dataset.rows(range(30))
+    prompts = torch.cat([torch.zeros(30, dataset.prefix_padding, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
+    record = []
+    model.eval().generate(prompts, dataset.length, logits_processors=[constraint], pressure_record=record)
+    expected = torch.stack(record)[..., 0].mean(dim=1)
+    assert effect.pressure == pytest.approx(expected.tolist(), abs=1e-5)
+    assert effect.pressure[0] == pytest.approx(0, abs=1e-6)  # the first output may be any
+    assert max(effect.pressure) > 0.01
+
+
+def test_the_pressure_of_two_constraints_is_what_is_not_left(half_trained):
+    """The first forbids a share of all, the second one of the rest."""
+    model, dataset = half_trained
+    first, second = SuppressedTokens([0, 1]), SuppressedTokens([1, 2, 3])
+    together = constraint_effect(model, dataset, [first, second], n_rows=20, precision="float32")
+    union = constraint_effect(model, dataset, [SuppressedTokens([0, 1, 2, 3])], n_rows=20, precision="float32")
+    assert together.pressure == pytest.approx(union.pressure, abs=1e-5)
