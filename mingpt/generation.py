@@ -92,6 +92,8 @@ def generate(
         chosen = rows.forced() if pressure_record is None else None
         if chosen is None:
             logits = rows.processed(rows.read(), pressure_record)
+            if processors:
+                rows.require_choice(logits.amax(dim=-1))
             if do_sample:
                 draws = _uniform(seed or 0, step, first_row, batch).to(idx.device)
                 chosen = _draw(logits, draws[rows.origin])
@@ -138,7 +140,7 @@ def beam_search(
         in nats, minus infinity where there are fewer than W continuations.
 
     Raises:
-        ValueError: as ``generate`` does.
+        ValueError: as ``generate`` does; a beginning that nothing may follow is given up while there are others.
     """
     if n_beams < 1:
         raise ValueError(f"n_beams must be at least 1, got {n_beams}")
@@ -147,7 +149,7 @@ def beam_search(
     scores = torch.zeros(batch, 1, device=idx.device)
     for step in range(max_new_tokens):
         has_ended = None if stop_token is None or step == 0 else rows.tokens[:, -1] == stop_token
-        log_p = rows.processed(F.log_softmax(rows.read(), dim=-1), has_ended=has_ended)
+        log_p = rows.processed(F.log_softmax(rows.read(), dim=-1))
         if has_ended is not None:
             stop = torch.full_like(log_p[:1], float("-inf"))
             stop[:, stop_token] = 0
@@ -156,6 +158,7 @@ def beam_search(
         sums = (scores[:, :, None] + log_p.view(batch, width, n_tokens)).flatten(1)
         sums = F.pad(sums, (0, max(0, n_beams - sums.shape[1])), value=float("-inf"))
         scores, place = sums.topk(n_beams, dim=1)
+        rows.require_choice(scores[:, :1].repeat_interleave(width, dim=0)[:, 0])
         place = torch.where(scores.isneginf(), place[:, :1], place)  # a beam that is missing repeats the best one
         first = width * torch.arange(batch, device=idx.device)[:, None]
         rows.select((first + place // n_tokens).flatten())
@@ -219,14 +222,8 @@ class Decoding:
         self._n_read = window.shape[1]
         return logits[:, -1].float()
 
-    def processed(
-        self, logits: Tensor, pressure_record: list[Tensor] | None = None, has_ended: Tensor | None = None
-    ) -> Tensor:
-        """The logits (B, V) after all processors; rows that have ended, (B,) of bool, need not have any.
-
-        Raises:
-            ValueError: if they leave a row no token.
-        """
+    def processed(self, logits: Tensor, pressure_record: list[Tensor] | None = None) -> Tensor:
+        """The logits (B, V) after all processors."""
         allowed, context, pressure = self._ask(), self._context(), []
         for number, processor in enumerate(self.processors):
             if number not in allowed:
@@ -240,9 +237,23 @@ class Decoding:
             for number, each in enumerate(pressure):
                 record[self.origin, number] = each
             pressure_record.append(record)
-        if self.processors:
-            self._require_choice(logits, has_ended)
         return logits
+
+    def require_choice(self, best: Tensor) -> None:
+        """Check the best score that each row can still have, (B,).
+
+        Raises:
+            ValueError: if one is minus infinity, with its row, step and the processors' states.
+        """
+        is_stuck = best.isneginf()
+        if is_stuck.any():
+            row = int(is_stuck.nonzero()[0])
+            so_far = self.tokens[row, self.n_prompt :].tolist()
+            raise ValueError(
+                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: the "
+                "processors forbid every token. Their states: "
+                + describe_row(self.processors, self._states, row, len(best))
+            )
 
     def forced(self) -> Tensor | None:
         """The next tokens (B,), where constraints leave each row only one and nobody has to see the logits."""
@@ -262,19 +273,6 @@ class Decoding:
             cache.select(rows)
         states = zip(self.processors, self._states, strict=True)
         self._states = [processor.reorder(state, rows) for processor, state in states]
-
-    def _require_choice(self, logits: Tensor, has_ended: Tensor | None) -> None:
-        is_stuck = logits.amax(dim=-1).isneginf()
-        if has_ended is not None:
-            is_stuck &= ~has_ended
-        if is_stuck.any():
-            row = int(is_stuck.nonzero()[0])
-            so_far = self.tokens[row, self.n_prompt :].tolist()
-            raise ValueError(
-                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: the "
-                "processors forbid every token. Their states: "
-                + describe_row(self.processors, self._states, row, len(logits))
-            )
 
     def _ask(self) -> dict[int, Tensor]:
         """What each constraint allows to follow, (B, V) of bool, by its place; each is asked once a step."""

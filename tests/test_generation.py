@@ -518,6 +518,19 @@ def test_beams_carry_their_own_states(constraint):
         assert torch.equal(rows.sort(dim=1).values, given.sort(dim=1).values)
 
 
+def test_beams_leave_a_dead_end():
+    """Sorted and a permutation: after any output but the smallest left, the two contradict each other later on."""
+    model, prompts = random_model(), random_prompts(n_rows=6, seed=3)
+    both = [MonotoneConstraint(), MultisetConstraint()]
+    with pytest.raises(ValueError, match=r"nothing may follow in row \d at step \d, after .*counts = "):
+        generate(model, prompts, 4, logits_processors=both)
+    tokens, scores = beam_search(model, prompts, 4, 24, logits_processors=both)
+    assert torch.equal(tokens[:, 0, T:], prompts[:, -4:].sort(dim=1).values)
+    assert scores[:, 1:].isneginf().all()
+    with pytest.raises(ValueError, match="nothing may follow"):
+        beam_search(model, prompts, 4, 1, logits_processors=both)
+
+
 def test_a_beam_that_has_ended_keeps_its_score():
     """The best of all continuations, where those that stop early are scored up to the stop token."""
     model, prompts, stop = random_model(std=0.1), random_prompts(), 4
