@@ -1,6 +1,6 @@
 """Every claim of speed, as a ratio: the package and its peers, in turn in one process, on the same work.
 
-    python benchmarks/bench_core.py [--rounds 5] [--precision float32] [--run runs/laptop] [--json FILE]
+    python benchmarks/bench_core.py [--rounds 5] [--precision float32] [--matrix] [--run runs/laptop] [--json FILE]
 
 The peers:
     reference     tests/reference.py, what minGPT and its prefix-tuning descendants do: the whole sequence with the
@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="times that each work is measured in turn")
     parser.add_argument("--precision", default="auto", help="of the package: float32, bfloat16 or auto")
+    parser.add_argument("--matrix", action="store_true", help="time the whole matrix too, once")
     parser.add_argument("--run", type=Path, help="a finished run of this machine, for the row of the whole experiment")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
@@ -76,7 +77,8 @@ def main() -> None:
         rounds = [{who: seconds_per_row(work) for who, work in works.items()} for _ in range(options.rounds + 1)][1:]
         times[name] = {who: [each[who] for each in rounds] for who in works}
         print(format_row(name, times[name]), flush=True)
-    print(f"the full matrix, 17 x 16 cells of 3,200 rows: {full_matrix(precision):.0f} s")
+    if options.matrix:
+        print(f"the full matrix, 17 x 16 cells of 3,200 rows: {full_matrix(precision):.0f} s")
     if options.run:
         print(whole_experiment(options.run, times))
     if options.json:

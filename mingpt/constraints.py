@@ -77,9 +77,12 @@ class RegularConstraint(Constraint):
             raise ValueError(f"the automaton accepts nothing of {n_new} tokens; {_lengths(dfa.completable(64)[:, 0])}")
         distinct, place = away[:n_new].unique(dim=0, return_inverse=True)
         allowed = distinct[:, dfa.next].flatten(0, 1)  # (one for each of them and each state, V)
-        shared = {"next": dfa.next, "allowed": allowed, "first": place.flip(0) * len(dfa.next)}
-        shared = {name: tensor.to(context.device) for name, tensor in shared.items()}
-        return {"state": context.tokens.new_zeros(len(context.tokens)), **shared}
+        return {
+            "state": context.tokens.new_zeros(len(context.tokens)),
+            "next": dfa.next.to(context.device),
+            "allowed": allowed.to(context.device),
+            "first": tuple((place.flip(0) * len(dfa.next)).tolist()),  # where a step's states are among the allowed
+        }
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
         own, step = state["state"], context.step

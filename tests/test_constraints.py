@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from laws import check_processor_laws
@@ -255,6 +256,6 @@ def test_what_rows_share_is_not_repeated_for_each():
     """An automaton's tables have the size of the automaton, whatever the batch."""
     for constraint in (constraints()["expression"][0], constraints()["brackets"][0]):
         small, large = (constraint.init(Context(random_prompts(n_rows), T, 6, V)) for n_rows in (1, 100))
-        shared = [name for name in small if small[name].shape == large[name].shape]
+        shared = [name for name in small if np.shape(small[name]) == np.shape(large[name])]
         assert sorted(set(small) - set(shared)) in (["state"], ["level", "levels", "stack", "state"])
-        assert all(torch.equal(small[name], large[name]) for name in shared)
+        assert all(np.array_equal(small[name], large[name]) for name in shared)

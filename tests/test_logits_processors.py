@@ -3,6 +3,9 @@
 Legend: B batch, T tokens of the prompt, V vocabulary.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from laws import check_processor_laws
@@ -119,6 +122,17 @@ class Overwriting(LogitsProcessor):
 def test_the_laws_find_what_breaks_them(lawless, message):
     with pytest.raises(AssertionError, match=message):
         check_processor_laws(lawless, vocab_size=V)
+
+
+def test_the_example_of_the_contributing_page_keeps_the_laws():
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    code = re.search(r"```python\n(class AtMostOnce.*?)```", page, re.DOTALL)
+    assert code
+    namespace = {"LogitsProcessor": LogitsProcessor, "torch": torch}
+    exec(code[1], namespace)
+    check_processor_laws(namespace["AtMostOnce"](), vocab_size=V)
+    tokens = generate(random_model(), random_prompts(), V - 1, logits_processors=[namespace["AtMostOnce"]()])
+    assert all(len(set(row)) == V - 1 for row in tokens[:, T:].tolist())
 
 
 # ---------------------------------------------------------------------------------------------- as in transformers
