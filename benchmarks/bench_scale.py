@@ -76,7 +76,7 @@ class Case:
 
     def n_bytes(self) -> int:
         """What a step holds at its largest, the weights apart."""
-        weights = {p.untyped_storage().data_ptr() for p in (*self.model.parameters(), self.x, self.y, self.rows)}
+        weights = {p.untyped_storage().data_ptr() for p in (*self.model.parameters(), self.x, self.y)}
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
