@@ -87,8 +87,6 @@ class DFA:
         Raises:
             ValueError: for a state or token that there is not.
         """
-        from automata.fa.dfa import DFA as Description
-
         states = {start, *transitions}
         for moves in transitions.values():
             for token, target in moves.items():
@@ -97,18 +95,8 @@ class DFA:
                     raise ValueError(f"a move leads to {target!r}, which has no transitions; give it {{}}")
         if unknown := [state for state in accepting if state not in states]:
             raise ValueError(f"the accepting state {unknown[0]!r} has no transitions; give it {{}}")
-        description = Description(
-            states=states,
-            input_symbols=set(map(_symbol, range(vocab_size))),
-            transitions={
-                state: {_symbol(token): target for token, target in transitions.get(state, {}).items()}
-                for state in states
-            },
-            initial_state=start,
-            final_states=set(accepting),
-            allow_partial=True,
-        )
-        return _compile(description.to_complete().minify(), vocab_size)
+        every = {state: transitions.get(state, {}) for state in states}
+        return _compile(_description(every, start, set(accepting), vocab_size).minify(), vocab_size)
 
     def minimized(self) -> DFA:
         """The automaton with the fewest states that accepts the same, the same one for equal languages."""
@@ -398,16 +386,28 @@ def _in_symbols(expression: str, vocab_size: int, names: Sequence[str] | None) -
 
 def _describe(dfa: DFA) -> Any:
     """A table as automata-lib describes it."""
+    transitions: dict[Hashable, dict[int, Hashable]] = {
+        state: dict(enumerate(row)) for state, row in enumerate(dfa.next.tolist())
+    }
+    return _description(transitions, 0, set(dfa.is_accepting.nonzero().flatten().tolist()), dfa.vocab_size)
+
+
+def _description(
+    transitions: Mapping[Hashable, Mapping[int, Hashable]], start: Hashable, accepting: set[Any], vocab_size: int
+) -> Any:
+    """automata-lib's description; where a state does not name a token, it leads to one that refuses all."""
     from automata.fa.dfa import DFA as Description
 
-    symbols = [_symbol(token) for token in range(dfa.vocab_size)]
     return Description(
-        states=set(range(len(dfa.next))),
-        input_symbols=set(symbols),
-        transitions={state: dict(zip(symbols, row, strict=True)) for state, row in enumerate(dfa.next.tolist())},
-        initial_state=0,
-        final_states=set(dfa.is_accepting.nonzero().flatten().tolist()),
-    )
+        states=set(transitions),
+        input_symbols=set(map(_symbol, range(vocab_size))),
+        transitions={
+            state: {_symbol(token): target for token, target in moves.items()} for state, moves in transitions.items()
+        },
+        initial_state=start,
+        final_states=accepting,
+        allow_partial=True,
+    ).to_complete()
 
 
 def _compile(description: Any, vocab_size: int) -> DFA:

@@ -91,7 +91,7 @@ def evaluate(
         dataset: usually of the "test" split; its prefix_padding is where the prefix goes.
         prefixes: one prefix for all rows, or one per row for ``n_rows`` rows.
         n_rows: how many rows.
-        options: batch_size, precision, logits_processors; see ``solve``.
+        options: batch_size, precision, logits_processors, pressure_record; see ``solve``.
 
     Raises:
         ValueError: if ``n_rows`` is not positive, or the prefix is longer than the dataset's prefix_padding.
@@ -151,18 +151,17 @@ def solve(
         with autocast(precision, model.device):
             for start in range(0, n_rows, batch_size):
                 rows = slice(start, start + batch_size)
-                record: list[Tensor] = []
-                options = {} if pressure_record is None else {"pressure_record": record}
+                record: list[Tensor] | None = None if pressure_record is None else []
                 outputs.append(
                     model.generate(
                         tokens[rows],
                         length - n_given,
                         prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
                         logits_processors=processors,
-                        **options,
+                        pressure_record=record,
                     )[:, prefix_padding + length :]
                 )
-                if pressure_record is not None:
+                if pressure_record is not None and record is not None:
                     pressure_record.append(torch.stack(record))
     finally:
         model.train(was_training)
@@ -213,14 +212,13 @@ def constraint_effect(
         n_rows: how many rows.
         options: batch_size, precision; see ``solve``.
     """
-    inputs, solutions = dataset.rows(range(n_rows))
-    free = Score.of(solve(model, inputs, dataset.prefix_padding, prefixes, **options), solutions)
+    free = evaluate(model, dataset, prefixes, n_rows, **options)
     record: list[Tensor] = []
     options |= {"logits_processors": tuple(constraints), "pressure_record": record}
-    answers = solve(model, inputs, dataset.prefix_padding, prefixes, **options)
+    constrained = evaluate(model, dataset, prefixes, n_rows, **options)
     kept = 1 - torch.cat(record, dim=1)  # (L, N, constraints), of what the ones before had left
     pressure = 1 - kept.prod(dim=2).mean(dim=1)
-    return ConstraintEffect(free, Score.of(answers, solutions), tuple(pressure.clamp(min=0).tolist()))
+    return ConstraintEffect(free, constrained, tuple(pressure.clamp(min=0).tolist()))
 
 
 @dataclass(frozen=True)

@@ -83,22 +83,24 @@ def generate(
     processors = as_processors(logits_processors)
     processors += [Temperature(temperature)] if temperature != 1 else []
     processors += [TopK(top_k)] if top_k is not None else []
-    if do_sample and seed is None:
+    if not do_sample:
+        seed = None
+    elif seed is None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     batch, n_prompt = idx.shape
     rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
-    tokens = torch.cat([idx, idx.new_full((batch, max(max_new_tokens, 0)), stop_token or 0)], dim=1)
+    tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
     for step in range(max_new_tokens):
         chosen = rows.forced() if pressure_record is None else None
         if chosen is None:
             logits = rows.processed(rows.read(), pressure_record)
             if processors:
                 rows.require_choice(logits.amax(dim=-1))
-            if do_sample:
-                draws = _uniform(seed or 0, step, first_row, batch).to(idx.device)
-                chosen = _draw(logits, draws[rows.origin])
-            else:
+            if seed is None:
                 chosen = logits.argmax(dim=-1)
+            else:
+                draws = _uniform(seed, step, first_row, batch).to(idx.device)
+                chosen = _draw(logits, draws[rows.origin])
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
         if stop_token is not None:
@@ -234,8 +236,8 @@ class Decoding:
             logits = logits.masked_fill(~allowed[number], float("-inf"))
         if pressure_record is not None:
             record = logits.new_full((self._n_rows, len(pressure)), float("nan"))
-            for number, each in enumerate(pressure):
-                record[self.origin, number] = each
+            if pressure:
+                record[self.origin] = torch.stack(pressure, dim=1)
             pressure_record.append(record)
         return logits
 

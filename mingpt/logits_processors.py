@@ -242,9 +242,8 @@ class MinimumLength(SuppressedTokens):
 def describe_row(processors: Sequence[LogitsProcessor], states: Sequence[State], row: int, n_rows: int) -> str:
     """Each processor's name and its state of one row, for a message."""
 
-    def own(state: Mapping[str, Any]) -> str:
-        return ", ".join(
-            f"{k} = {v[row].tolist()}" for k, v in state.items() if len(v) == n_rows and getattr(v, "ndim", 3) < 3
-        )
+    def own(state: State) -> str:
+        rows = {name: value for name, value in state.items() if isinstance(value, Tensor) and len(value) == n_rows}
+        return ", ".join(f"{name} = {value[row].tolist()}" for name, value in rows.items() if value.ndim < 3)
 
     return "; ".join(f"{type(p).__name__}({own(state)})" for p, state in zip(processors, states, strict=True))

@@ -408,11 +408,11 @@ class PrefixTrainer(Trainer):
                 parameter.requires_grad_(True)
 
     def is_finished(self) -> bool:
-        return super().is_finished() or not self._learning
+        return super().is_finished() or not len(self._learning)
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes that are learning of each one's mean cross-entropy, in nats."""
-        prefix = Prefix(self._kind, self.prefixes.view(self._shape).index_select(0, self._chosen))
+        prefix = Prefix(self._kind, self.prefixes.view(self._shape).index_select(0, self._learning))
         logits, loss = self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)
         if self.config.converged_loss:
             with torch.no_grad():
@@ -437,10 +437,9 @@ class PrefixTrainer(Trainer):
 
     def _share_rows(self) -> None:
         """Have the batches made of rows of the prefixes that are learning."""
-        self._learning = self._smoothed_loss.nonzero().flatten().tolist()
-        self._chosen = torch.tensor(self._learning, device=self.device)
-        if self._n_prefixes > 1 and self._learning:
-            self.train_dataset.chosen = self._learning
+        self._learning = self._smoothed_loss.nonzero().flatten()
+        if self._n_prefixes > 1 and len(self._learning):
+            self.train_dataset.chosen = self._learning.tolist()
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""

@@ -191,14 +191,8 @@ def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Fi
     Raises:
         ValueError: if there are no scores, or their positions are missing or differ in number.
     """
-    lengths = {name: len(score.by_position) for name, score in scores.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(f"scores must have by_position of one and the same length, got the lengths {lengths}")
-    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
-    accuracies = np.array([score.by_position for score in scores.values()])
-    figure, ax = _percent_heatmap(tuple(scores), columns, accuracies, title)
-    ax.set_xlabel("output position", fontsize=9)
-    return figure
+    accuracies = {name: score.by_position for name, score in scores.items()}
+    return _position_heatmap(accuracies, "scores must have by_position", title, "accuracy in percent")
 
 
 def pressure_figure(effects: Mapping[str, ConstraintEffect], title: str = "") -> Figure:
@@ -211,14 +205,8 @@ def pressure_figure(effects: Mapping[str, ConstraintEffect], title: str = "") ->
     Raises:
         ValueError: if there are no effects, or their lengths differ.
     """
-    lengths = {name: len(effect.pressure) for name, effect in effects.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(f"effects must have a pressure of one and the same length, got the lengths {lengths}")
-    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
-    pressures = np.array([effect.pressure for effect in effects.values()])
-    figure, ax = _percent_heatmap(tuple(effects), columns, pressures, title, "forbidden probability in percent")
-    ax.set_xlabel("output position", fontsize=9)
-    return figure
+    pressures = {name: effect.pressure for name, effect in effects.items()}
+    return _position_heatmap(pressures, "effects must have a pressure", title, "forbidden probability in percent")
 
 
 def prefix_effect_figure(
@@ -391,6 +379,17 @@ def _heatmap(
         color = "white" if values[row, column] > 0.67 * highest else "black"
         place = (column + 0.5, row + 0.5)
         ax.text(*place, str(texts[row, column]), ha="center", va="center", fontsize=fontsize, color=color)
+
+
+def _position_heatmap(shares: Mapping[str, Sequence[float]], requirement: str, title: str, label: str) -> Figure:
+    """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
+    lengths = {name: len(values) for name, values in shares.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"{requirement} of one and the same length, got the lengths {lengths}")
+    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
+    figure, ax = _percent_heatmap(tuple(shares), columns, np.array(list(shares.values())), title, label)
+    ax.set_xlabel("output position", fontsize=9)
+    return figure
 
 
 def _percent_heatmap(

@@ -282,7 +282,7 @@ def drive(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tenso
     first = {name: _form(value) for name, value in state.items()}
     for step in range(n_new):
         kept = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
-        new_state, each = processor.process(state, logits[step], Context(tokens, prompts.shape[1], n_new, vocab_size))
+        new_state, each, tokens = advance(processor, state, logits[step], tokens, prompts.shape[1], n_new)
         shapes = {name: _form(value) for name, value in new_state.items()}
         assert shapes == first, f"step {step}: the state changed from {first} to {shapes}"
         assert all(torch.equal(state[name], value) for name, value in kept.items()), "the old state was written to"
@@ -290,8 +290,15 @@ def drive(processor: LogitsProcessor, prompts: torch.Tensor, logits: torch.Tenso
         state = new_state
         processed.append(each)
         states.append(state)
-        tokens = torch.cat([tokens, each.argmax(dim=-1, keepdim=True)], dim=1)
     return tokens, processed, states
+
+
+def advance(
+    processor: LogitsProcessor, state: State, logits: torch.Tensor, tokens: torch.Tensor, n_prompt: int, n_new: int
+) -> tuple[State, torch.Tensor, torch.Tensor]:
+    """One greedy step: the next state, the processed logits and the tokens with the likeliest one."""
+    state, processed = processor.process(state, logits, Context(tokens, n_prompt, n_new, logits.shape[1]))
+    return state, processed, torch.cat([tokens, processed.argmax(dim=-1, keepdim=True)], dim=1)
 
 
 def _form(value: Any) -> Any:
@@ -321,8 +328,7 @@ def check_reorder_follows_rows(processor: LogitsProcessor, prompts: torch.Tensor
             if step == moment:
                 tokens, state = tokens[rows], processor.reorder(state, rows)
             own = logits[step] if step < moment else logits[step][rows]
-            state, each = processor.process(state, own, Context(tokens, n_prompt, n_new, vocab_size))
-            tokens = torch.cat([tokens, each.argmax(dim=-1, keepdim=True)], dim=1)
+            state, _, tokens = advance(processor, state, own, tokens, n_prompt, n_new)
         assert torch.equal(tokens, expected), f"reordered before step {moment}, rows go on otherwise"
 
 
@@ -338,9 +344,9 @@ def check_is_configuration_only(
     states = [processor.init(Context(own, own.shape[1], n_new, vocab_size)) for own in tokens]
     for step in range(n_new):
         for run, (own, own_logits) in enumerate(runs):
-            context = Context(tokens[run], own.shape[1], n_new, vocab_size)
-            states[run], each = processor.process(states[run], own_logits[step], context)
-            tokens[run] = torch.cat([tokens[run], each.argmax(dim=-1, keepdim=True)], dim=1)
+            states[run], _, tokens[run] = advance(
+                processor, states[run], own_logits[step], tokens[run], own.shape[1], n_new
+            )
     assert torch.equal(tokens[0], whole[0]), "two generations in turn disturb each other"
     assert torch.equal(tokens[1], whole[0].flip(0)), "two generations in turn disturb each other"
     with ThreadPoolExecutor(2) as pool:

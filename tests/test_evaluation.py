@@ -66,7 +66,8 @@ class FakeModel:
         self.training = mode
         return self
 
-    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=()):
+    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=(), pressure_record=None):
+        assert pressure_record is None
         assert not self.training
         assert not torch.is_grad_enabled()
         assert (tokens[:, : self.padding] == 0).all()
