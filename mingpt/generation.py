@@ -5,7 +5,7 @@ Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W bea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ def generate(
     logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    first_row: int = 0,
+    row_numbers: Sequence[int] | None = None,
     stop_token: int | None = None,
     pressure_record: list[Tensor] | None = None,
 ) -> Tensor:
@@ -67,8 +67,8 @@ def generate(
         activations_record: a list that receives the activations of all tokens but the last, in one pass.
         logits_processors: see ``mingpt.logits_processors``; functions (tokens, logits) -> logits are welcome too.
         generator: the source of the seed, where none is given.
-        seed: of sampling; row i's draws are a function of it and ``first_row + i``, whatever else is in the batch.
-        first_row: the number of the first row, where the batch is a part of something longer.
+        seed: of sampling; a row's draws are a function of it and the row's number, whatever else is in the batch.
+        row_numbers: B of them, where the batch is a part of something longer; 0, 1, ... by default.
         stop_token: a row ends with it and is filled up with it.
         pressure_record: a list that receives, for each step, (B, number of constraints): the probability that each
             constraint forbids, of the logits that it gets; not a number for rows that have ended.
@@ -88,6 +88,9 @@ def generate(
     elif seed is None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     batch, n_prompt = idx.shape
+    numbers = np.arange(batch) if row_numbers is None else np.asarray(row_numbers, dtype=np.int64)
+    if numbers.shape != (batch,):
+        raise ValueError(f"{numbers.size} row_numbers for {batch} rows; give one for each")
     rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
     tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
     for step in range(max_new_tokens):
@@ -99,7 +102,7 @@ def generate(
             if seed is None:
                 chosen = logits.argmax(dim=-1)
             else:
-                draws = _uniform(seed, step, first_row, batch).to(idx.device)
+                draws = _uniform(seed, step, numbers).to(idx.device)
                 chosen = _draw(logits, draws[rows.origin])
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
@@ -307,12 +310,12 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return place[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _uniform(seed: int, step: int, first_row: int, n_rows: int) -> Tensor:
-    """(B,) of float64 in [0, 1), row i's a function of (seed, step, first_row + i): numpy's counter-based Philox."""
+def _uniform(seed: int, step: int, numbers: np.ndarray) -> Tensor:
+    """(B,) of float64 in [0, 1), each a function of (seed, step, its row's number): numpy's counter-based Philox."""
+    first = int(numbers.min()) // 4 * 4  # a count is four numbers
     philox = np.random.Philox(key=[seed, step])
-    philox.advance(first_row // 4)  # a count is four numbers
-    skipped = first_row % 4
-    return torch.from_numpy(np.random.Generator(philox).random(skipped + n_rows)[skipped:])
+    philox.advance(first // 4)
+    return torch.from_numpy(np.random.Generator(philox).random(int(numbers.max()) + 1 - first)[numbers - first])
 
 
 def _n_shared(tokens: Tensor) -> int:

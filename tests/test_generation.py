@@ -309,19 +309,25 @@ def test_without_a_generator_samples_follow_the_global_seed():
     assert not torch.equal(samples[0], samples[2])
 
 
-@pytest.mark.parametrize("first_row", [0, 3, 4, 1001])
-def test_a_rows_sample_does_not_depend_on_its_batch(first_row):
+@pytest.mark.parametrize("first", [0, 3, 4, 1001])
+def test_a_rows_sample_does_not_depend_on_its_batch(first):
     """It is a function of the seed and the row's number, whatever else is sampled with it."""
     model, prompts = random_model(std=0.1), random_prompts(n_rows=7)
-    whole = model.generate(prompts, N_NEW, do_sample=True, seed=5, first_row=first_row)
-    for size in (1, 2, 5):
-        parts = [
-            model.generate(prompts[i : i + size], N_NEW, do_sample=True, seed=5, first_row=first_row + i)
-            for i in range(0, 7, size)
-        ]
-        assert torch.equal(torch.cat(parts), whole)
-    for other in ({"seed": 6, "first_row": first_row}, {"seed": 5, "first_row": first_row + 1}):
-        assert not torch.equal(model.generate(prompts, N_NEW, do_sample=True, **other), whole)
+
+    def sample(rows, seed=5, first=first):
+        numbers = [first + row for row in rows]
+        return model.generate(prompts[list(rows)], N_NEW, do_sample=True, seed=seed, row_numbers=numbers)
+
+    whole = sample(range(7))
+    for parts in ([[i] for i in range(7)], [[0, 1], [2, 3, 4, 5, 6]], [[5, 0, 3], [6, 4, 1, 2]]):
+        for rows in parts:
+            assert torch.equal(sample(rows), whole[rows])
+    assert not torch.equal(sample(range(7), seed=6), whole)
+    assert not torch.equal(sample(range(7), first=first + 1), whole)
+    if first == 0:
+        assert torch.equal(model.generate(prompts, N_NEW, do_sample=True, seed=5), whole)
+    with pytest.raises(ValueError, match="2 row_numbers for 7 rows"):
+        model.generate(prompts, N_NEW, do_sample=True, row_numbers=[0, 1])
 
 
 def test_rows_with_the_same_prompt_are_sampled_independently():
