@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 import mingpt
+from mingpt import distributed
+from mingpt.sharding import whole
 
 FORMAT = 1
 _HEADER = "mingpt"
@@ -52,8 +54,55 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         os.close(directory)
 
 
+def json_lines(values: Iterable[Any]) -> bytes:
+    """JSON values, a line each.
+
+    Raises:
+        TypeError: for one that is not JSON.
+    """
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def claim(path: str | Path, run: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Write what a run is into its folder, or check that it is the one that the folder is of.
+
+    Args:
+        path: the file, JSON.
+        run: JSON values, nested.
+        ignored: keys that may differ.
+
+    Raises:
+        ValueError: if the file says otherwise, with the first difference.
+    """
+    path, run = Path(path), json.loads(json.dumps(run))
+    if not path.exists():
+        write_atomic(path, json.dumps(run, indent=1).encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it or choose another folder") from None
+    difference = _first_difference(theirs, run, "", ignored)
+    if difference:
+        name, old, new = difference
+        raise ValueError(
+            f"{path.parent} holds a run with {name} = {old!r}, this one has {new!r}; choose another folder"
+        )
+
+
+def _first_difference(old: Any, new: Any, name: str, ignored: Collection[str]) -> tuple[str, Any, Any] | None:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (name, old, new)
+    for key in {**new, **old}:
+        if key not in ignored:
+            difference = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."), ignored)
+            if difference:
+                return difference
+    return None
+
+
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write tensors and what they are.
+    """Write tensors and what they are. All processes of a job must get here; the main one writes.
 
     Args:
         path: the file, by custom ``*.safetensors``.
@@ -63,14 +112,18 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
     from safetensors.torch import save
 
     # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    header = {
-        "format": FORMAT,
-        "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "description": description,
-    }
-    header["checksum"] = checksum(tensors, header)
-    write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+    tensors = {name: whole(t).cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+
+    def write() -> None:
+        header = {
+            "format": FORMAT,
+            "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "description": description,
+        }
+        header["checksum"] = checksum(tensors, header)
+        write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+
+    distributed.once(write)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,6 +223,12 @@ def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def json_checksum(value: Any) -> str:
+    """SHA-256 of a JSON value, in which arrays and tensors count as lists and other objects as their ``repr``."""
+    text = json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else repr(each))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _umask() -> int:

@@ -1,9 +1,13 @@
-"""The command line, ``mingpt ...``: each command is a few calls into the package."""
+"""The command line, ``mingpt ...``: each command is a few calls into the package.
+
+Under torchrun all processes run the command; the main one prints.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,10 @@ DEFAULT_FOLDER = "checkpoints/laptop"
 
 def main() -> None:
     """Run the command line: a mistake gives one line and exit code 2, an interruption 130."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    from mingpt import distributed
+
+    level = logging.INFO if distributed.is_main() else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.Exit as exit_:
@@ -29,6 +36,8 @@ def main() -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
+    except distributed.MainProcessError:
+        pass  # it says so itself
     sys.exit(2)
 
 
@@ -92,8 +101,8 @@ def reproduce(preset: str, out: Path | None, seed: int, overrides: tuple[str, ..
 
     out = out or Path("runs") / preset
     results = experiment.reproduce(_config(preset, seed, overrides), out)
-    click.echo(experiment.format_table(results))
-    click.echo(f"figures and checkpoints are in {out}")
+    _say(experiment.format_table(results))
+    _say(f"figures and checkpoints are in {out}")
 
 
 @cli.command()
@@ -106,7 +115,7 @@ def pretrain(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...
     config = _config(preset, seed, overrides)
     experiment.claim(config, out)
     experiment.pretrain(config, out)
-    click.echo(f"the model is {out / 'model.safetensors'}")
+    _say(f"the model is {out / 'model.safetensors'}")
 
 
 @cli.command()
@@ -135,8 +144,8 @@ def prefix(
         score = evaluate(
             model, experiment.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows
         )
-        click.echo(f"{task!s:24} {_percent(score)}")
-    click.echo(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
+        _say(f"{task!s:24} {_percent(score)}")
+    _say(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
 
 
 @cli.command("eval")
@@ -227,6 +236,72 @@ def generate(
     click.echo(" ".join(map(str, tokens[0, -length:].tolist())))
 
 
+def _file_options(command: Any) -> Any:
+    """The options of the commands that answer the rows of a file."""
+    for decorate in (
+        click.option(
+            "--batch-size",
+            default=400,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Rows at a time, a process.",
+        ),
+        _from_option,
+        click.option("--task", required=True, metavar="TASK"),
+        click.argument("output", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path)),
+        click.argument("rows", metavar="IN.jsonl", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+@cli.command()
+@_file_options
+@click.option("--sample", is_flag=True, help="Draw each token instead of taking the likeliest.")
+@click.option("--seed", default=0, show_default=True, help="For drawing.")
+def predict(rows: Path, output: Path, task: str, folder: Path, batch_size: int, sample: bool, seed: int) -> None:
+    """Answer the rows of a file with the prefix of TASK.
+
+    A line of IN.jsonl is an input row, such as [6, 2, 7, 6, 7, 5, 3, 6, 6, 10], the same line of OUT.jsonl its answer.
+    OUT.jsonl appears when it is complete; if the command is cut off, the same again goes on with what is missing.
+    """
+    from mingpt import multistep
+    from mingpt.tasks import Task
+
+    model, prefixes, description = _load(folder)
+    name, data = str(Task.parse(task)), description["data"]
+    prefix = _prefix_of(prefixes, name, folder)
+    step = multistep.row_step(name, prefix, data["length"], data["prefix_padding"], options={"do_sample": sample})
+    plan = multistep.Plan(model, [step])
+    _answer(plan, rows, output, data, batch_size, seed, lambda outputs: outputs[name])
+
+
+@cli.command()
+@_file_options
+@click.option("--constrained", is_flag=True, help="Force each answer into what is known of it, such as being sorted.")
+def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, constrained: bool) -> None:
+    """Answer the rows of a file in steps: each task of the composition TASK in turn, with its own prefix.
+
+    A line of OUT.jsonl has every step's answer to the same line of IN.jsonl, such as
+    {"1-SortAscending": [...], "2-Add1": [...]}. Prints which share of rows is right after each step.
+    """
+    from mingpt import multistep
+    from mingpt.tasks import Task
+
+    model, prefixes, description = _load(folder)
+    data = description["data"]
+    sizes = {name: data[name] for name in ("length", "num_digits", "prefix_padding")}
+    plan = multistep.plan_for(Task.parse(task), model, prefixes, **sizes, is_constrained=constrained)
+    names = [step.name for step in plan.steps]
+
+    def lines(outputs: dict[str, list[Any]]) -> list[Any]:
+        return [dict(zip(names, row, strict=True)) for row in zip(*outputs.values(), strict=True)]
+
+    examples, outputs = _answer(plan, rows, output, data, batch_size, 0, lines)
+    for metric, value in multistep.measure(plan, examples, outputs).items():
+        _say(f"{metric:40} {100 * value:.2f}%")
+
+
 @cli.command("tasks")
 def list_tasks() -> None:
     """List the tasks, each with a sample row."""
@@ -259,6 +334,53 @@ def inspect(file: Path) -> None:
     click.echo(json.dumps(description, indent=2))
     for name, tensor in tensors.items():
         click.echo(f"{name:48} {str(tensor.dtype).removeprefix('torch.'):10} {tuple(tensor.shape)}")
+
+
+def _answer(
+    plan: Any, rows: Path, output: Path, data: dict[str, Any], batch_size: int, seed: int, lines: Any
+) -> tuple[list[list[int]], dict[str, list[Any]]]:
+    """Lead a file's rows through a plan and write ``lines(outputs)``; a folder beside it has what is done before."""
+    from mingpt import distributed, multistep
+    from mingpt.checkpoint import json_lines, write_atomic
+
+    if distributed.once(output.exists):
+        raise click.UsageError(f"{output} exists; remove it or choose another file")
+    examples = distributed.once(lambda: _read_rows(rows, data["length"], plan.model.config.vocab_size))
+    folder = output.with_name(output.name + ".steps")
+    outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
+
+    def write() -> None:
+        write_atomic(output, json_lines(lines(outputs)))
+        shutil.rmtree(folder)
+
+    distributed.once(write)
+    return examples, outputs
+
+
+def _read_rows(path: Path, length: int, vocab_size: int) -> list[list[int]]:
+    """The rows of a file, checked."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        is_row = isinstance(row, list) and len(row) == length
+        if not (is_row and all(type(value) is int and 0 <= value < vocab_size for value in row or ())):
+            raise click.UsageError(
+                f"line {number} of {path} must be a JSON list of {length} integers from 0 to {vocab_size - 1}, "
+                f"got {line!r}"
+            )
+        rows.append(row)
+    return rows
+
+
+def _say(text: str) -> None:
+    """Print on the main process."""
+    from mingpt import distributed
+
+    if distributed.is_main():
+        click.echo(text)
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -14,22 +14,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt import store
-from mingpt.checkpoint import write_atomic
+from mingpt import checkpoint, distributed, multistep, store
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, best_loss, evaluate
 from mingpt.model import GPT, Record
 from mingpt.prefix import initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import WATCHING, PrefixTrainer, Trainer
+from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import CfgNode, nearest, set_seed
+from mingpt.watch import WATCHING
 
 logger = logging.getLogger("mingpt")
 
@@ -158,7 +160,7 @@ def pretrain(config: CfgNode, folder: str | Path) -> tuple[GPT, float]:
     folder = Path(folder)
     path = folder / "model.safetensors"
     data = dataset(config, "train", PRETRAINING_TASKS)
-    if path.exists():
+    if distributed.once(path.exists):
         model, description = store.load_model(path, _device(config.trainer))
         seconds = description["metrics"]["seconds"]
         logger.info("the model is in %s, pretrained in %.0f s", path, seconds)
@@ -183,6 +185,8 @@ def pretrain(config: CfgNode, folder: str | Path) -> tuple[GPT, float]:
         recipe=_recipe(config.trainer),
         metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds},
     )
+    if config.trainer.parallel == "fsdp":  # it is split; what comes next needs a whole one
+        model, _ = store.load_model(path, _device(config.trainer))
     return model, trainer.seconds
 
 
@@ -203,7 +207,7 @@ def train_prefixes(
     """
     folder = Path(folder)
     path = folder / f"{file}.safetensors"
-    if path.exists():
+    if distributed.once(path.exists):
         prefixes, description = store.load_prefixes(path, model)
         seconds = description["metrics"]["seconds"]
         logger.info("%d prefixes are in %s, trained in %.0f s", len(prefixes), path, seconds)
@@ -247,27 +251,49 @@ def evaluate_run(
         The scores without a prefix, by task and of the seven pretraining tasks mixed; the scores of each task with its
         prefix; and those of every prefix, and none, on every task.
     """
-    from tqdm import tqdm
+    n_rows, options = config.evaluation.n_rows, {"precision": config.evaluation.precision}
+    datasets = {str(task): dataset(config, "test", [task]) for task in tasks}
 
-    n_rows, precision = config.evaluation.n_rows, config.evaluation.precision
-    datasets = [dataset(config, "test", [task]) for task in tasks]
-    mixed = evaluate(model, dataset(config, "test", PRETRAINING_TASKS), n_rows=n_rows, precision=precision)
-    alone = accuracy_matrix(model, {"none": None}, datasets, n_rows, precision=precision)
-    without = {MIXED: mixed, **{name: alone["none", name] for name in alone.tasks}}
-    with_prefix = {}
-    with tqdm(total=2 * len(tasks) + 1, disable=None, unit="prefix") as bar:
-        for task, data in zip(tasks, datasets, strict=True):
-            with_prefix[str(task)] = evaluate(model, data, prefixes[str(task)], n_rows, precision=precision)
-            bar.update()
-        matrix = accuracy_matrix(
-            model,
-            {"none": None, **prefixes},
-            datasets,
-            config.evaluation.n_matrix_rows,
-            on_prefix=lambda _: bar.update(),
-            precision=precision,
-        )
-    return without, with_prefix, matrix
+    def row(name: str, prefix: Tensor | None, n_rows: int) -> Callable[[], AccuracyMatrix]:
+        return partial(accuracy_matrix, model, {name: prefix}, list(datasets.values()), n_rows, **options)
+
+    mixed = dataset(config, "test", PRETRAINING_TASKS)
+    jobs: dict[Any, Callable[[], Any]] = {
+        "mixed": partial(evaluate, model, mixed, n_rows=n_rows, **options),
+        "without": row("none", None, n_rows),
+        **{("with", k): partial(evaluate, model, d, prefixes[k], n_rows, **options) for k, d in datasets.items()},
+    }
+    rows = {k: row(k, prefix, config.evaluation.n_matrix_rows) for k, prefix in {"none": None, **prefixes}.items()}
+    done: dict[Any, Any] = distributed.shared_out(jobs | rows)
+    alone = done["without"]
+    without = {MIXED: done["mixed"], **{name: alone["none", name] for name in alone.tasks}}
+    with_prefix = {name: done["with", name] for name in datasets}
+    return without, with_prefix, AccuracyMatrix(tuple(rows), alone.tasks, tuple(done[name].scores[0] for name in rows))
+
+
+def evaluate_chains(
+    config: CfgNode, model: GPT, prefixes: Mapping[str, Tensor], tasks: Sequence[Task]
+) -> dict[str, Score]:
+    """Score each composition as a chain of its tasks, each with its own prefix, over the rows of ``evaluate_run``.
+
+    Args:
+        config: ``evaluation.n_rows`` rows for a score.
+        model: of the run.
+        prefixes: by task name; a composition of tasks that have none is left out.
+        tasks: any; those that are no compositions are left out.
+
+    Returns:
+        The scores by task name.
+    """
+    scores = {}
+    for task in tasks:
+        if len(task.tasks) > 1 and all(str(simple) in prefixes for simple in task.tasks):
+            data = dataset(config, "test", [task])
+            inputs, solutions = data.rows(range(config.evaluation.n_rows))
+            plan = multistep.plan_for(task, model, prefixes, data.length, data.num_digits, data.prefix_padding)
+            outputs = multistep.predict(plan, inputs.tolist(), precision=config.evaluation.precision)
+            scores[str(task)] = Score.of(np.array(outputs[plan.steps[-1].name]), solutions)
+    return scores
 
 
 def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
@@ -280,22 +306,24 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
     Returns:
         What ``results.json`` holds: config, seconds, best_loss (see ``evaluation.best_loss``), mixed (the score without
         a prefix on the seven tasks mixed), tasks (for each of the sixteen its group, and its scores with and without
-        its prefix), and the matrix.
+        its prefix, and as a chain, None where it is no composition), and the matrix.
 
     Raises:
         ValueError: if the folder holds a run of another configuration.
     """
     folder = Path(folder)
     claim(config, folder)
-    if (folder / "results.json").exists():
+    path = folder / "results.json"
+    if distributed.once(path.exists):
         logger.info("%s is done", folder)
-        return json.loads((folder / "results.json").read_text())
+        return json.loads(path.read_text())
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
     model, pretraining_seconds = pretrain(config, folder)
     prefixes, prefix_seconds = train_prefixes(config, model, tasks, folder)
     logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
     start = time.perf_counter()
     without, with_prefix, matrix = evaluate_run(config, model, prefixes, tasks)
+    chains = evaluate_chains(config, model, prefixes, tasks)
     evaluation_seconds = time.perf_counter() - start
     results = {
         "config": config.to_dict(),
@@ -311,14 +339,19 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
                 "group": group,
                 "without": without[name].to_dict(),
                 "with": with_prefix[name].to_dict(),
+                "chain": chains[name].to_dict() if name in chains else None,
             }
             for group, names in GROUPS.items()
             for name in names
         },
         "matrix": matrix.to_dict(),
     }
-    draw_figures(folder, model, prefixes, results, matrix)
-    write_atomic(folder / "results.json", json.dumps(results, indent=1).encode())
+
+    def write() -> None:
+        draw_figures(folder, model, prefixes, results, matrix)
+        checkpoint.write_atomic(path, json.dumps(results, indent=1).encode())
+
+    distributed.once(write)
     return results
 
 
@@ -386,6 +419,7 @@ def format_table(results: Mapping[str, Any]) -> str:
         ("with its prefix", 18),
         ("95% interval", 18),
         ("(published)", 13),
+        ("as a chain", 13),
     )
     lines = [" " * 24 + "".join(f"{title:>{width}}" for title, width in titles)]
 
@@ -405,12 +439,14 @@ def format_table(results: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:24}{percent(row['without']):>16}{published('without', name):>13}"
             f"{percent(row['with']):>18}{f'{100 * low:.2f} - {100 * high:.2f}':>18}{published('with', name):>13}"
+            f"{percent(row['chain']) if row.get('chain') else '-':>13}"
         )
     lines.append("-" * len(lines[0]))
     lines.append(f"{MIXED:24}{percent(results['mixed']):>16}{published('without', MIXED):>13}")
     seconds = results["seconds"]
     lines.append("")
     lines.append(f"percent of {n_rows} test rows whose every output token is right; '-' was never published")
+    lines.append("as a chain: each of the composition's tasks in turn, with its own prefix")
     lines.append(
         ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         + f", {sum(seconds.values()):.0f} s in all"
@@ -423,32 +459,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 def claim(config: CfgNode, folder: Path) -> None:
     """Write the configuration into the folder, or check that it is the one that is there."""
-    path = folder / "config.json"
-    mine = json.loads(json.dumps(config.to_dict()))
-    if not path.exists():
-        write_atomic(path, json.dumps(mine, indent=1).encode())
-        return
-    try:
-        theirs = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it or choose another folder with --out") from None
-    difference = _first_difference(theirs, mine, "")
-    if difference:
-        name, old, new = difference
-        raise ValueError(
-            f"{folder} holds a run with {name} = {old!r}, this one has {new!r}; choose another folder with --out"
-        )
-
-
-def _first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (name, old, new)
-    for key in {**new, **old}:
-        if key not in WATCHING:
-            difference = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-            if difference:
-                return difference
-    return None
+    distributed.once(lambda: checkpoint.claim(folder / "config.json", config.to_dict(), WATCHING))
 
 
 def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:

@@ -66,8 +66,7 @@ class CausalSelfAttention(nn.Module):
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """The keys and values of ``x`` (G, T, C), which the rows of a group share: (G, H, 1, T, D) each."""
-        weight, bias = self.c_attn.weight[self.n_embd :], self.c_attn.bias[self.n_embd :]
-        keys, values = self._split_heads(F.linear(x, weight, bias), 2, len(x))
+        _, keys, values = self._split_heads(self.c_attn(x), 3, len(x))
         return keys, values
 
     def forward(
@@ -154,6 +153,10 @@ class Block(nn.Module):
         out, new_past = self.attend(x, past, mask, record, n_last)
         x = x[:, -out.shape[1] :] + out
         return x + self.mlp(self.ln_2(x)), new_past
+
+    def keys_values(self, x: Tensor) -> KeysValues:
+        """What attention would see of ``x`` (G, T, C): keys and values, (G, H, 1, T, D) each."""
+        return self.attn.keys_values(self.ln_1(x))
 
     def attend(
         self,
@@ -335,7 +338,7 @@ class GPT(nn.Module):
         start = n_positions(past)
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
-        x = self.transformer.drop(x + self.transformer.wpe.weight[start : start + n_tokens])
+        x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = _causal_mask(n_tokens, start, x.device) if n_tokens > 1 else None

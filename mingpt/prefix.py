@@ -131,7 +131,7 @@ def activation_past(blocks: Iterable[Any], values: Tensor) -> Past:
     """Turn activation prefixes (K, L, P, C) into the keys and values that each layer's content attends to.
 
     Args:
-        blocks: the model's transformer blocks, with ``ln_1`` and ``attn.keys_values``.
+        blocks: the model's transformer blocks, with ``keys_values``.
         values: (K, L, P, C) what each block's first LayerNorm sees at the prefix positions.
 
     Returns:
@@ -139,7 +139,7 @@ def activation_past(blocks: Iterable[Any], values: Tensor) -> Past:
 
     Source: Petrov et al. 2024, section 3: layer l's keys and values at the prefix are c_attn(ln_1(prefix[l])).
     """
-    return [[block.attn.keys_values(block.ln_1(values[:, layer]))] for layer, block in enumerate(blocks)]
+    return [[block.keys_values(values[:, layer])] for layer, block in enumerate(blocks)]
 
 
 def key_value_past(values: Tensor, n_head: int) -> Past:

@@ -5,8 +5,6 @@ Legend: B batch, T tokens, P prefix positions, C channels, L layers, K prefixes.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +14,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mingpt import checkpoint
+from mingpt import checkpoint, distributed
 from mingpt.batches import Batch, IndexBatches, JointDataset
-from mingpt.datasets import CustomDataset
+from mingpt.datasets import IGNORED, CustomDataset
 from mingpt.model import GPT
 from mingpt.optim import build_optimizer, learning_rate_factor
 from mingpt.precision import autocast, resolve_precision
 from mingpt.prefix import Prefix, as_prefix
+from mingpt.sharding import fully_shard, split_like, whole
 from mingpt.utils import CfgNode
-
-WATCHING = {
-    *("device", "num_workers", "checkpoint_path", "checkpoint_every"),
-    *("metrics_path", "tensorboard_path", "log_every", "progress"),
-}
-"""Configuration keys that say where a run is and how it is watched; they may change between the parts of one run."""
+from mingpt.watch import WATCHING, watch
 
 
 class Trainer:
@@ -57,6 +52,7 @@ class Trainer:
             num_workers: processes that make batches; 0 makes them in this one, which is fastest for CustomDataset.
             max_iters: when to stop; None goes on for ever.
             batch_size, learning_rate, betas, weight_decay (on weights of linear layers), grad_norm_clip: as in minGPT.
+                Several processes share out a batch.
             optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate with muon_momentum.
             lr_schedule: "constant", "linear" or "cosine", a decay over the last decay_fraction of the run.
             warmup_iters: iterations of linear warm-up.
@@ -64,6 +60,9 @@ class Trainer:
                 this has converged: it stays as it is, and its rows go to the others. 0 is never.
             precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
             compile: pass the model through torch.compile.
+            parallel: what processes that torchrun started have of the model: "ddp" is all of it
+                (DistributedDataParallel), "fsdp" a part of every parameter (fully_shard; the optimizer is adamw then,
+                and the model stays split after the run).
             checkpoint_path: a file that a run is resumed from where it exists, and saved to every checkpoint_every
                 iterations and at the end.
             metrics_path: a JSON-lines file that gets a line every log_every iterations.
@@ -88,6 +87,7 @@ class Trainer:
             converged_loss=0.0,
             precision="auto",
             compile=False,
+            parallel="ddp",
             checkpoint_path=None,
             checkpoint_every=None,
             metrics_path=None,
@@ -114,6 +114,7 @@ class Trainer:
         self.loss: Tensor = torch.tensor(float("nan"))
         self.iter_num, self.iter_time, self.iter_dt, self.seconds = 0, 0.0, 0.0, 0.0
         self._data_seed = 0
+        self._weight: Tensor | float = 1.0
 
     def add_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
         """Call ``callback(trainer)`` too when the event happens; the event is "on_batch_end"."""
@@ -153,6 +154,9 @@ class Trainer:
             return {}
         return {"n_shared": data.prefix_padding, "n_scored": data.length}
 
+    def average_gradients(self) -> None:
+        """Have every process's gradients be the mean of all; the wrapped model's backward pass has done it here."""
+
     def is_finished(self) -> bool:
         """Whether there is no further iteration to do."""
         return self.config.max_iters is not None and self.iter_num >= self.config.max_iters
@@ -168,20 +172,28 @@ class Trainer:
 
         Raises:
             CheckpointError: if that file is damaged or belongs to another run.
+            ValueError: for a configuration that makes no sense, or fewer rows in a batch than processes.
         """
-        config = self.config
+        config, n_processes = self.config, distributed.world_size()
         if config.checkpoint_every and not config.checkpoint_path:
             raise ValueError("checkpoint_every is set and checkpoint_path is not; set both or neither")
+        if config.batch_size < n_processes:
+            raise ValueError(f"{n_processes} processes cannot share {config.batch_size} rows; raise batch_size")
         self.iter_num, self.seconds = 0, 0.0
-        self._data_seed = int(torch.randint(2**62, ()))  # as minGPT's sampler, it follows set_seed
+        # As minGPT's sampler, it follows set_seed.
+        self._data_seed = distributed.once(lambda: int(torch.randint(2**62, ())))
+        tensors = [*self.model.parameters(), *self.trained_tensors().values()]
+        distributed.make_same(tensor for tensor in tensors if not isinstance(tensor, DTensor))
+        self._forward = self._wrap_model()
         self.optimizer = self.build_optimizer()
         for group in self.optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-        self._forward = torch.compile(self.model) if config.compile else self.model
-        if config.checkpoint_path and Path(config.checkpoint_path).exists():
+        if distributed.rank():  # each process has its own dropout
+            torch.manual_seed(self._data_seed + distributed.rank())
+        if config.checkpoint_path and distributed.once(lambda: Path(config.checkpoint_path).exists()):
             self._resume(config.checkpoint_path)
         self.set_mode()
-        with self._watch() as report:
+        with watch(self) as report:
             self.iter_time = time.perf_counter()
             batches = self._batches()
             while not self.is_finished():
@@ -203,16 +215,50 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
+        # The gradient of the mean over all processes' targets is the mean of theirs, weighted by how many each has.
+        self._weight = self._weight_of(y)
         with autocast(self.precision, self.device):
-            self.loss = self.compute_loss(x, y)
-        self.loss.backward()
+            loss = self.compute_loss(x, y)
+        (loss * self._weight).backward()
+        self.loss = self.mean(loss.detach())
+        self.average_gradients()
         self.clip_gradients()
         self.optimizer.step()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of every process's value, weighted by its share of the batch's targets."""
+        return distributed.total(value * self._weight) / distributed.world_size()
+
+    def _weight_of(self, y: Tensor) -> Tensor | float:
+        """How many times the average number of targets this process has, of all in the batch."""
+        if distributed.world_size() == 1:
+            return 1.0
+        own = (y != IGNORED).sum().float()
+        return own * distributed.world_size() / distributed.total(own.clone())
+
+    def _wrap_model(self) -> Any:
+        """What is called in the place of the model: it keeps the processes' gradients or parameters in step."""
+        config = self.config
+        if config.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"unknown parallel = {config.parallel!r}; choose ddp or fsdp")
+        if config.parallel == "fsdp" and config.optimizer == "muon":
+            raise ValueError("parallel = 'fsdp' splits the matrices that optimizer = 'muon' needs whole; use adamw")
+        model, n_processes = self.model, distributed.world_size()
+        if config.parallel == "fsdp" and n_processes > 1:
+            fully_shard(model, torch.device(self.device).type)
+        if config.compile:
+            model = torch.compile(model)
+        if config.parallel == "fsdp" or n_processes == 1 or not any(p.requires_grad for p in self.model.parameters()):
+            return model
+        return nn.parallel.DistributedDataParallel(model)
 
     def _batches(self) -> Iterator[Batch]:
         """The batches from iteration ``iter_num`` on; which rows they hold does not depend on where it started."""
         dataset, config = self.train_dataset, self.config
-        indices = IndexBatches(dataset, config.batch_size, self.iter_num, self._data_seed)
+        part = (
+            (0, 1) if isinstance(self.train_dataset, JointDataset) else (distributed.rank(), distributed.world_size())
+        )
+        indices = IndexBatches(dataset, config.batch_size, self.iter_num, self._data_seed, part)
         if hasattr(dataset, "batch") and config.num_workers == 0:
             return (dataset.batch(batch) for batch in indices)
         return iter(
@@ -224,45 +270,6 @@ class Trainer:
                 pin_memory=torch.cuda.is_available(),
             )
         )
-
-    @contextlib.contextmanager
-    def _watch(self) -> Iterator[Callable[[], None]]:
-        """Open the progress bar and the metrics file; yields what to call after each iteration."""
-        from tqdm import tqdm
-
-        config = self.config
-        bar = tqdm(
-            total=config.max_iters,
-            initial=self.iter_num,
-            disable=None if config.progress == "auto" else not config.progress,
-            unit="it",
-            dynamic_ncols=True,
-        )
-        writer = _tensorboard_writer(config.tensorboard_path)
-        with contextlib.ExitStack() as stack:
-            stack.callback(bar.close)
-            if writer is not None:
-                stack.callback(writer.close)
-            file = (
-                stack.enter_context(_open_metrics(config.metrics_path, self.iter_num)) if config.metrics_path else None
-            )
-
-            def report() -> None:
-                bar.update()
-                if self.iter_num % config.log_every and self.iter_num != config.max_iters:
-                    return
-                loss = self.loss.item()
-                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-                rate = self.optimizer.param_groups[-1]["lr"]
-                if file is not None:
-                    line = {"iter": self.iter_num, "loss": loss, "learning_rate": rate, "iter_dt": self.iter_dt}
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                if writer is not None:
-                    writer.add_scalar("loss", loss, self.iter_num)
-                    writer.add_scalar("learning_rate", rate, self.iter_num)
-
-            yield report
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -280,12 +287,11 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write all that the rest of the run depends on to ``checkpoint_path``."""
+        """Write all that the rest of the run depends on to ``checkpoint_path``; all processes must get here."""
         optimizer, skeleton = checkpoint.flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors = {f"trained.{name}": tensor for name, tensor in self.trained_tensors().items()} | optimizer
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        for number, states in enumerate(distributed.gather(_rng_states())):
+            tensors |= {f"rng.{kind}{number or ''}": state for kind, state in states.items()}
         state = {
             "iter_num": self.iter_num,
             "seconds": self.seconds,
@@ -305,12 +311,17 @@ class Trainer:
         checkpoint.require_equal(path, "trained", shapes, own_shapes)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(split_like(saved[name], tensor))
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
+        if self.config.parallel == "fsdp":
+            for parameter, own in self.optimizer.state.items():
+                own |= {k: split_like(v, parameter) for k, v in own.items() if v.shape == parameter.shape}
         self.iter_num, self.seconds, self._data_seed = state["iter_num"], state["seconds"], state["data_seed"]
-        torch.set_rng_state(tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        number = distributed.rank() or ""
+        if f"rng.cpu{number}" in tensors:  # fewer processes may have saved it
+            torch.set_rng_state(tensors[f"rng.cpu{number}"])
+        if torch.cuda.is_available() and f"rng.cuda{number}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda{number}"])
 
 
 class PrefixTrainer(Trainer):
@@ -343,7 +354,11 @@ class PrefixTrainer(Trainer):
         is_joint = isinstance(train_dataset, Sequence)
         datasets = list(train_dataset) if isinstance(train_dataset, Sequence) else [train_dataset]
         super().__init__(
-            config, model, JointDataset(datasets, bool(config.converged_loss)) if is_joint else datasets[0]
+            config,
+            model,
+            JointDataset(datasets, bool(config.converged_loss), (distributed.rank(), distributed.world_size()))
+            if is_joint
+            else datasets[0],
         )
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
@@ -379,7 +394,7 @@ class PrefixTrainer(Trainer):
         self._n_prefixes = len(datasets)
 
     def describe(self) -> dict[str, Any]:
-        weights = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
         return super().describe() | {"kind": self._kind, "model_checksum": checkpoint.checksum(weights)}
 
     def trained_tensors(self) -> dict[str, Tensor]:
@@ -418,7 +433,7 @@ class PrefixTrainer(Trainer):
             with torch.no_grad():
                 scored = y[:, -logits.shape[1] :].flatten()
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), scored, reduction="none")
-                own = losses.view(len(self._learning), -1).mean(dim=1)
+                own = self.mean(losses.view(len(self._learning), -1).mean(dim=1))
                 self._smoothed_loss[self._learning] = self._smoothed_loss[self._learning].lerp(own, 0.1)
         return loss
 
@@ -441,6 +456,10 @@ class PrefixTrainer(Trainer):
         if self._n_prefixes > 1 and len(self._learning):
             self.train_dataset.chosen = self._learning.tolist()
 
+    def average_gradients(self) -> None:
+        assert self.prefixes.grad is not None
+        distributed.total(self.prefixes.grad.div_(distributed.world_size()))
+
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
         assert self.prefixes.grad is not None
@@ -460,22 +479,9 @@ def batch_end_callback(trainer: Trainer) -> None:
         )
 
 
-@contextlib.contextmanager
-def _open_metrics(path: str | Path, iter_num: int) -> Iterator[Any]:
-    """Open a JSON-lines file to append to, without the lines of iterations that a resumed run is to do again."""
-    path = Path(path)
-    kept = []
-    if iter_num and path.exists():
-        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
-            kept.extend(line for line in path.read_text().splitlines(True) if json.loads(line)["iter"] <= iter_num)
-    checkpoint.write_atomic(path, "".join(kept).encode())
-    with path.open("a") as file:
-        yield file
-
-
-def _tensorboard_writer(path: str | Path | None) -> Any:
-    if path is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path))
+def _rng_states() -> dict[str, Tensor]:
+    """The states of torch's generators in this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

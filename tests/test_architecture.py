@@ -16,12 +16,13 @@ PACKAGE = Path(mingpt.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 LAYERS = [
-    {"utils", "tasks", "automata", "precision", "past"},
-    {"datasets", "prefix", "logits_processors", "checkpoint", "optim"},
-    {"generation", "batches", "constraints", "grammar"},
-    {"model"},
-    {"trainer", "evaluation", "predictor", "visualization", "store"},
-    {"multistep", "experiment"},
+    {"utils", "tasks", "automata", "precision", "past", "distributed"},
+    {"datasets", "prefix", "logits_processors", "optim", "sharding"},
+    {"generation", "batches", "constraints", "grammar", "checkpoint"},
+    {"model", "predictor", "watch"},
+    {"trainer", "evaluation", "visualization", "store"},
+    {"multistep"},
+    {"experiment"},
     {"cli", "data_tools"},
     {"__main__"},
 ]

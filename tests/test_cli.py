@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -64,6 +65,56 @@ def test_eval_scores_the_named_tasks_or_all(run, folder):
     assert [line.split()[0] for line in out.splitlines()] == ["Add1", "SortAscending+Add1"]
     assert len(run("eval", "--from", folder, "--rows", 3)[1].splitlines()) == 16
     assert "/3 = " in run("eval", "--from", folder, "--rows", 3, "--without-prefix", "Add1")[1]
+
+
+ROWS = [[6, 2, 7, 6, 7, 5, 3, 6, 6, 10], [1, 1, 2, 3, 5, 8, 1, 2, 3, 4], [4] * 10]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file of rows, and one that is not there yet."""
+    rows = tmp_path / "in.jsonl"
+    rows.write_text("".join(f"{row}\n" for row in ROWS))
+    return rows, tmp_path / "out.jsonl"
+
+
+def test_predict_answers_each_row_of_a_file_as_generate_does(run, folder, files):
+    _, output = files
+    assert run("predict", *files, "--from", folder, "--task", "Add1", "--batch-size", 2)[0] == 0
+    for row, line in zip(ROWS, output.read_text().splitlines(), strict=True):
+        _, out, _ = run("generate", "--from", folder, "--task", "Add1", " ".join(map(str, row)))
+        assert json.loads(line) == [int(word) for word in out.split()]
+    assert list(output.parent.glob("out*")) == [output]
+    before = output.read_bytes()
+    code, _, err = run("predict", *files, "--from", folder, "--task", "Modulo")
+    assert code == 2
+    assert err.startswith(f"error: {output} exists; remove it or choose another file")
+    assert len(err.splitlines()) == 1
+    assert output.read_bytes() == before
+
+
+def test_chain_answers_in_steps_and_measures_each(run, folder, files):
+    _, output = files
+    code, out, err = run("chain", *files, "--from", folder, "--task", "SortAscending+Add1", "--constrained")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()] == ["test-1-SortAscending_accuracy", "test-2-Add1_accuracy"]
+    for row, line in zip(ROWS, output.read_text().splitlines(), strict=True):
+        answers = json.loads(line)
+        assert list(answers) == ["1-SortAscending", "2-Add1"]
+        assert sorted(answers["1-SortAscending"]) == sorted(row)
+        assert all(2 <= value <= 11 for value in answers["2-Add1"])
+    assert list(output.parent.glob("out*")) == [output]
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "6 2 7", "[" + "99, " * 9 + "1]", "[" + "1.5, " * 9 + "1]", '{"a": 1}', ""])
+def test_a_line_that_is_no_row_is_named(run, folder, files, line):
+    rows, output = files
+    rows.write_text(f"{ROWS[0]}\n{line}\n")
+    code, _, err = run("predict", *files, "--from", folder, "--task", "Add1")
+    assert code == 2
+    assert f"line 2 of {rows} must be a JSON list of 10 integers from 0 to 12, got {line!r}" in err
+    assert len(err.splitlines()) == 1
+    assert list(output.parent.glob("out*")) == []
 
 
 def test_prefix_learns_one_more(run, folder):

@@ -76,10 +76,13 @@ def test_the_table_has_a_line_for_each_task_with_the_published_figures(finished)
     for task in [*PRETRAINING_TASKS, *TEST_TASKS]:
         (line,) = [line for line in lines if line.split(" ")[0] == str(task)]
         published = experiment.PUBLISHED["with"].get(str(task))
-        assert line.rstrip().endswith("-" if published is None else f"({published:.2f})")
-        score = Score.from_dict(finished[1]["tasks"][str(task)]["with"])
+        row = finished[1]["tasks"][str(task)]
+        chain = "-" if row["chain"] is None else f"{100 * row['chain']['accuracy']:.2f}"
+        assert line.split()[-2:] == ["-" if published is None else f"({published:.2f})", chain]
+        score = Score.from_dict(row["with"])
         assert f" {100 * score.accuracy:.2f} " in line
-    assert max(map(len, lines)) <= 110
+        assert (row["chain"] is None) == (len(task.tasks) == 1)
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_same_command_again_does_nothing(finished, monkeypatch):
@@ -91,7 +94,7 @@ def test_the_same_command_again_does_nothing(finished, monkeypatch):
 
 
 def test_another_configuration_is_refused_and_named(finished):
-    with pytest.raises(ValueError, match=r"trainer\.max_iters = 4, this one has 5.*--out"):
+    with pytest.raises(ValueError, match=r"trainer\.max_iters = 4, this one has 5; choose another folder"):
         experiment.reproduce(tiny_config(**{"trainer.max_iters": 5}), finished[0])
     with pytest.raises(ValueError, match="seed = 0, this one has 1"):
         experiment.reproduce(tiny_config(seed=1), finished[0])

@@ -1,0 +1,303 @@
+"""Jobs of several processes, for the tests to start.
+
+``run_job`` starts this file as a program. It imports torch once, forks the processes of the job and sets what torchrun
+would have set. Each calls one of the functions of JOBS with the folder that the outcome goes to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from mingpt import distributed, experiment, multistep, tasks
+from mingpt.datasets import CustomDataset
+from mingpt.model import GPT
+from mingpt.predictor import Predictor
+from mingpt.trainer import PrefixTrainer, Trainer
+from mingpt.utils import set_seed
+
+N_NEW = 5
+COUNTS = (0, 1, 2, 3, 4, 5, 97)
+"""With 1 to 4 processes: none, one, and one less than, as many as and one more than the processes."""
+
+
+def run_job(name: str, n_processes: int, folder: Path, **arguments) -> list:
+    """Run a job and return what its processes returned; their stderr is in the error where one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, name, str(n_processes), str(folder), json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(n_processes)]
+
+
+def random_model(std: float = 0.2) -> GPT:
+    """A small GPT whose tokens depend on what it reads."""
+    config = GPT.get_default_config()
+    config.merge_from_dict({"model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 16})
+    config.merge_from_dict({"vocab_size": 13, "block_size": 24})
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def random_rows(n: int, length: int = 6) -> list[list[int]]:
+    return torch.randint(13, (n, length), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def generating_predictor(model: GPT, is_sampled: bool, on_batch=lambda batch: None, **options) -> Predictor:
+    def predict(batch, draws):
+        on_batch(batch)
+        new = {"do_sample": is_sampled, "seed": draws.seed, "row_numbers": draws.indices}
+        return model.generate(batch, N_NEW, **new)[:, -N_NEW:]
+
+    return Predictor(torch.tensor, predict, model=model, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- the jobs
+
+
+def predict_everything(folder: Path) -> list:
+    """Predict for every count of examples, batch size and way of decoding, and leave the files; returns the lists."""
+    model, lists = random_model(), []
+    for count in COUNTS:
+        for batch_size in (1, 8):
+            for is_sampled in (False, True):
+                path = folder / f"{count}-{batch_size}-{is_sampled}.jsonl"
+                lists.append(
+                    generating_predictor(model, is_sampled, seed=3).predict(
+                        random_rows(count), batch_size, "everything", path
+                    )
+                )
+    return lists
+
+
+def count_collectives(folder: Path) -> int:
+    """How often the processes meet in a prediction of 50 batches, of which one process's are slow."""
+    import torch.distributed as dist
+
+    meetings = []
+    for name in ("all_gather_object", "broadcast_object_list", "all_reduce", "barrier"):
+        original = getattr(dist, name)
+        setattr(dist, name, lambda *args, f=original, n=name, **kwargs: (meetings.append(n), f(*args, **kwargs))[1])
+    slow = distributed.rank() == 1
+    predictor = Predictor(list, lambda batch, _: time.sleep(0.01 * slow) or batch)
+    assert predictor.predict(list(range(50)), 1) == list(range(50))
+    return len(meetings)
+
+
+def split_model(folder: Path, shape: list[int], rules: list[list]) -> dict:
+    """The logits of a model split over a mesh against those of the whole one, and what it generates."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    whole, model, rows = random_model(), random_model(), random_rows(11)
+    prefix = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2))
+    distributed.start()
+    mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("data", "model"))
+    placed = [(pattern, Shard(dimension)) for pattern, dimension in rules]
+    options = {"mesh": mesh, "sharding_rules": placed, "seed": 3}
+    difference = 0.0
+    for prefixes in (None, prefix):
+
+        def logits(batch, _, prefixes=prefixes):
+            return model(batch, prefixes=prefixes)[0].double()
+
+        split = torch.tensor(Predictor(torch.tensor, logits, model=model, **options).predict(rows, 4))
+        with torch.no_grad():
+            expected = whole(torch.tensor(rows), prefixes=prefixes)[0].double()
+        difference = max(difference, (split - expected).abs().max().item())
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    n_local = sum(
+        p.to_local().numel()
+        for p in model.parameters()
+        if isinstance(p, DTensor) and not p.placements[0].is_replicate()
+    )
+    n_whole = sum(
+        p.numel() for p in model.parameters() if isinstance(p, DTensor) and not p.placements[0].is_replicate()
+    )
+    path = folder / "split.jsonl"
+    generated = generating_predictor(model, True, **options).predict(rows, 2, path=path)
+    alone = whole.generate(torch.tensor(rows), N_NEW, do_sample=True, seed=3)[:, -N_NEW:].tolist()
+    return {"difference": difference, "names": names, "share": n_local / n_whole, "same": generated == alone}
+
+
+def predict_and_die(folder: Path, dies_after: int | None) -> int:
+    """Predict in batches of 3; process 1 is killed after some of its batches. Returns how many rows were predicted."""
+    seen = []
+
+    def on_batch(batch):
+        if dies_after is not None and distributed.rank() == 1 and len(seen) == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.append(len(batch))
+
+    predictor = generating_predictor(random_model(), True, on_batch, seed=3)
+    predictor.predict(random_rows(40), 3, path=folder / "out.jsonl")
+    return sum(seen)
+
+
+def three_steps(folder: Path, dies_in: str | None = None) -> dict:
+    """The forum post's chain: the third task's prompts need the outputs of the first two. Says who called what."""
+    calls, predicted = [], {}
+    examples = [{"row": row, "n": number} for number, row in enumerate(random_rows(23, 4))]
+
+    def prompt(name):
+        def prompt_fn(examples, outputs):
+            calls.append([name, sorted(outputs)])
+            rows = [example["row"] for example in examples]
+            for earlier in outputs.values():
+                rows = [row + output for row, output in zip(rows, earlier, strict=True)]
+            return rows
+
+        return prompt_fn
+
+    model = random_model()
+    generate = model.generate
+
+    def counting(prompts, n_new, **options):
+        name = {2: "second", 3: "first", 4: "third"}[n_new]
+        if name == dies_in and distributed.rank() == distributed.world_size() - 1 and name in predicted:
+            os.kill(os.getpid(), signal.SIGKILL)
+        predicted[name] = predicted.get(name, 0) + len(prompts)
+        return generate(prompts, n_new, **options)
+
+    model.generate = counting
+    steps = [
+        multistep.Step("third", prompt("third"), 4, ("first", "second"), options={"do_sample": True}),
+        multistep.Step("first", prompt("first"), 3, metric_fn=lambda outputs, _: {"mean": sum(map(sum, outputs)) / 69}),
+        multistep.Step("second", prompt("second"), 2, prefix=torch.ones(2, 2, 16)),
+    ]
+    plan = multistep.Plan(model, steps)
+    outputs = multistep.predict(plan, examples, 4, seed=5, folder=folder / "plan")
+    metrics = multistep.measure(plan, examples, outputs)
+    return {"calls": calls, "predicted": predicted, "outputs": outputs, "metrics": metrics}
+
+
+def small_trainer(kind: str, n_iters: int, path: Path | None, **changes):
+    """A trainer of a small model on batches of 12 rows, or of two prefixes for it."""
+    config = Trainer.get_default_config()
+    config.merge_from_dict({"device": "cpu", "precision": "float32", "progress": False, "max_iters": n_iters})
+    config.merge_from_dict({"batch_size": 12, "learning_rate": 2e-3, "lr_schedule": "linear"} | changes)
+    config.checkpoint_path = path
+    options = {"length": 4, "num_digits": 6, "prefix_padding": 2}
+    some_tasks = [tasks.SortAscending(), tasks.InverseBinary()]
+    data = CustomDataset("train", some_tasks, **options)
+    model_config = GPT.get_default_config()
+    model_config.merge_from_dict({"model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 16, "init": "zero_residual"})
+    model_config.merge_from_dict(dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0))
+    model_config.merge_from_dict({"vocab_size": data.get_vocab_size(), "block_size": data.get_block_size()})
+    model = GPT(model_config)
+    if not kind.startswith("prefix"):
+        return Trainer(config, model, data if kind == "model" else [data[i] for i in range(50)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    prefixes = torch.randn(2, 2, 2, 16).requires_grad_()
+    config.learning_rate = 0.1
+    if kind == "prefix sharing":
+        config.converged_loss = 1.87  # losses are smoothed from 1 nat on, so one of the two "converges" at once
+    return PrefixTrainer(config, model, [CustomDataset("train", [task], **options) for task in some_tasks], prefixes)
+
+
+def train(folder: Path, kind: str, n_iters: int, end: int | None = None, **changes) -> dict:
+    """Train up to iteration ``end``, from the checkpoint in the folder where there is one. Returns all losses."""
+    set_seed(4 + distributed.rank())  # what the others start from must not matter
+    trainer = small_trainer(kind, n_iters, folder / "run.safetensors", **changes)
+    losses = []
+    trainer.add_callback("on_batch_end", lambda t: losses.append(t.loss.item()))
+    if end is not None:
+        trainer.is_finished = lambda: trainer.iter_num >= end
+    trainer.run()
+    if kind == "prefix sharing":
+        return {"losses": losses, "learning": trainer._learning.tolist()}
+    return {"losses": losses}
+
+
+def evaluate(folder: Path) -> dict:
+    """The scores of a run's model and prefixes in another folder, which are shared out."""
+    config = experiment.get_default_config("smoke")
+    for key, value in {
+        "model.n_embd": 8,
+        "trainer.max_iters": 2,
+        "prefix.max_iters": 2,
+        "prefix.batch_size": 2,
+    }.items():
+        config.override(key, value)
+    config.override("evaluation.n_rows", 20)
+    config.override("evaluation.precision", "float32")
+    results = experiment.reproduce(config, folder / "run")
+    return {"tasks": results["tasks"], "matrix": results["matrix"], "mixed": results["mixed"]}
+
+
+def fail(folder: Path, who: int, where: str) -> None:
+    """Have one process's code fail while the others go on; leaves the time at which it did."""
+
+    def failing(*_):
+        if distributed.rank() == who:
+            (folder / "time").write_text(str(time.time()))
+            raise ValueError("the ninth digit is missing")
+        return ["0"]
+
+    if where == "predict":
+        Predictor(list, failing).predict(list(range(8)), 1)
+    else:
+        multistep.predict(multistep.Plan(random_model(), [multistep.Step("a", failing, 1)]), [0])
+
+
+JOBS = {
+    job.__name__: job
+    for job in (
+        *(predict_everything, count_collectives, split_model, predict_and_die, three_steps, train, evaluate, fail),
+    )
+}
+
+
+def run_as_process(rank: int, n_processes: int, port: int, name: str, folder: Path, arguments: dict) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    result = JOBS[name](folder, **arguments)
+    (folder / f"result{rank}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    name, folder, arguments = sys.argv[1], Path(sys.argv[-2]), json.loads(sys.argv[-1])
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:  # torchrun started this
+        JOBS[name](folder, **arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(int(sys.argv[2])):
+        child = os.fork()
+        if not child:
+            try:
+                run_as_process(rank, int(sys.argv[2]), port, name, folder, arguments)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        del children[child]
+        if status:  # as torchrun: the others have nothing to wait for any more
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
