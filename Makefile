@@ -23,7 +23,7 @@ notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a qui
 	$(BIN)/python notebooks/run.py
 
 bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process
-	$(INSTALL) --editable '.[bench,grammar]'
+	$(INSTALL) --editable '.[hf,grammar]'
 	$(BIN)/python benchmarks/bench_core.py
 
 $(VENV)/bin/python:

@@ -29,8 +29,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "hf": ["transformers>=4.50"],
-        "bench": ["transformers>=4.50", "peft>=0.14"],
+        "hf": ["transformers>=4.50", "peft>=0.14"],
         "grammar": ["llguidance>=1.3"],
         "notebooks": ["jupyterlab>=4"],
         "dev": [

@@ -46,6 +46,10 @@ PRESETS = {
 """minGPT's names for sizes."""
 
 
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+"""OpenAI's weights for x @ W; nn.Linear keeps the transpose."""
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention of content over a past and, causally, over itself."""
 
@@ -341,7 +345,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = _causal_mask(n_tokens, start, x.device) if n_tokens > 1 else None
+        mask = causal_mask(n_tokens, start, x.device) if n_tokens > 1 else None
         new_past = []
         for layer, block in enumerate(self.blocks):
             is_last = layer == self.config.n_layer - 1
@@ -355,7 +359,7 @@ class GPT(nn.Module):
         if prefix.kind == "prompt":
             self.extend(None, embeddings=prefix.values, record=own)
         elif prefix.kind == "activation":
-            mask = _causal_mask(prefix.n_positions, 0, prefix.values.device)
+            mask = causal_mask(prefix.n_positions, 0, prefix.values.device)
             for layer, block in enumerate(self.blocks):
                 block.attend(prefix.values[:, layer], None, mask, own)
         whole: Record = []
@@ -431,10 +435,8 @@ class GPT(nn.Module):
         config.merge_from_dict({name: getattr(theirs, name) for name in names} | {"block_size": theirs.n_positions})
         config.gelu_approximate = "none" if theirs.activation_function == "gelu" else "tanh"
         model = cls(config)
-        # OpenAI's weights are for x @ W; nn.Linear keeps the transpose.
-        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
         weights = {
-            name: tensor.t() if name.endswith(transposed) else tensor for name, tensor in other.state_dict().items()
+            name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in other.state_dict().items()
         }
         model.load_state_dict(weights)
         return model.to(other.device).train(other.training)
@@ -467,7 +469,7 @@ def _complete_config(config: CfgNode) -> CfgNode:
     return config
 
 
-def _causal_mask(n_tokens: int, n_past: int, device: torch.device) -> Tensor:
+def causal_mask(n_tokens: int, n_past: int, device: torch.device) -> Tensor:
     """(T, S + T) of bool, true where a token would look at a later one."""
     return torch.ones(n_tokens, n_past + n_tokens, dtype=torch.bool, device=device).triu(n_past + 1)
 

@@ -48,23 +48,23 @@ class Step:
         name: no two steps of a plan have the same; metrics and files are named by it.
         prompt_fn: ``prompt_fn(examples, outputs)`` makes the N prompts of all N examples at once. ``outputs`` has those
             of the steps in ``depends_on``. A prompt is a row of T tokens, with placeholders where the prefix goes.
-        max_new_tokens: how many tokens to generate.
         depends_on: names of steps that come before.
         prefix: see ``mingpt.prefix.as_prefix``; one for all examples.
         logits_processors: see ``mingpt.logits_processors``.
-        output_fn: makes the output of one example of its generated tokens, a list of integers; by default they are it.
         metric_fn: ``metric_fn(outputs, examples)`` gives numbers by name, of the step's N outputs. It keeps no state.
+        max_new_tokens: how many tokens to generate.
+        output_fn: makes the output of one example of its generated tokens, a list of integers; by default they are it.
         options: of ``mingpt.generation.generate``, such as do_sample, temperature or stop_token.
     """
 
     name: str
     prompt_fn: Callable[[Sequence[Any], Outputs], Iterable[Any]]
-    max_new_tokens: int
     depends_on: tuple[str, ...] = ()
     prefix: Tensor | Prefix | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
-    output_fn: Callable[[list[int]], Any] | None = None
     metric_fn: Callable[[list[Any], Sequence[Any]], Mapping[str, float]] | None = None
+    max_new_tokens: int = field(kw_only=True)
+    output_fn: Callable[[list[int]], Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -268,7 +268,8 @@ def row_step(
         rows = np.array(examples if before is None else outputs[before], dtype=np.int64).reshape(-1, length)
         return np.pad(rows, ((0, 0), (prefix_padding, 0)))
 
-    return Step(name, prompt_fn, length, () if before is None else (before,), prefix, **fields)
+    depends_on = () if before is None else (before,)
+    return Step(name, prompt_fn, depends_on, prefix, max_new_tokens=length, **fields)
 
 
 def plan_for(

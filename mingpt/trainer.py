@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from mingpt import checkpoint, distributed
 from mingpt.batches import Batch, IndexBatches, JointDataset
 from mingpt.datasets import IGNORED, CustomDataset
+from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.optim import build_optimizer, learning_rate_factor
 from mingpt.precision import autocast, resolve_precision
@@ -324,7 +325,67 @@ class Trainer:
             torch.cuda.set_rng_state(tensors[f"rng.cuda{number}"])
 
 
-class PrefixTrainer(Trainer):
+class AdapterTrainer(Trainer):
+    """Trains something beside a model that stays as it is; ``trained_tensors`` says what."""
+
+    def describe(self) -> dict[str, Any]:
+        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        return super().describe() | {"model_checksum": checkpoint.checksum(weights)}
+
+    def _learned(self) -> list[Tensor]:
+        return [tensor for tensor in self.trained_tensors().values() if tensor.requires_grad]
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self._learned(), lr=self.config.learning_rate, betas=tuple(self.config.betas), weight_decay=0.0
+        )
+
+    def set_mode(self) -> None:
+        self.model.eval()
+
+    def run(self) -> None:
+        """Train; the model's weights get no gradient and do not change."""
+        required = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in required:
+            parameter.requires_grad_(False)
+        try:
+            super().run()
+        finally:
+            for parameter in required:
+                parameter.requires_grad_(True)
+
+    def average_gradients(self) -> None:
+        for tensor in self._learned():
+            assert tensor.grad is not None
+            distributed.total(tensor.grad.div_(distributed.world_size()))
+
+    def clip_gradients(self) -> None:
+        nn.utils.clip_grad_norm_(self._learned(), self.config.grad_norm_clip)
+
+
+class LoRATrainer(AdapterTrainer):
+    """Trains a LoRA, attached to its model, which stays as it is."""
+
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: Any, lora: LoRA):
+        """Get ready to train ``lora`` in place.
+
+        Args:
+            config: see ``Trainer.get_default_config``; weight decay does not apply to a LoRA.
+            model: the GPT that the LoRA was made for.
+            train_dataset: see ``Trainer``.
+            lora: attached.
+        """
+        super().__init__(config, model, train_dataset)
+        self.lora = lora.to(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"layers": list(self.lora.names), "scale": self.lora.scale}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        return dict(self.lora.named_parameters())
+
+
+class PrefixTrainer(AdapterTrainer):
     """Trains one prefix, or several at once, for a model that stays as it is.
 
     Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added and
@@ -394,33 +455,17 @@ class PrefixTrainer(Trainer):
         self._n_prefixes = len(datasets)
 
     def describe(self) -> dict[str, Any]:
-        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
-        return super().describe() | {"kind": self._kind, "model_checksum": checkpoint.checksum(weights)}
+        return super().describe() | {"kind": self._kind}
 
     def trained_tensors(self) -> dict[str, Tensor]:
         return {"prefixes": self.prefixes} | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
-
-    def build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            [self.prefixes], lr=self.config.learning_rate, betas=tuple(self.config.betas), weight_decay=0.0
-        )
-
-    def set_mode(self) -> None:
-        self.model.eval()
 
     def run(self) -> None:
         """Train the prefixes; the model's weights get no gradient and do not change."""
         # Each prefix's loss, smoothed from 1 nat on, so that none converges in the first iterations; 0 once it has.
         self._smoothed_loss = torch.ones(self._n_prefixes, device=self.device)
         self._share_rows()
-        required = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in required:
-            parameter.requires_grad_(False)
-        try:
-            super().run()
-        finally:
-            for parameter in required:
-                parameter.requires_grad_(True)
+        super().run()
 
     def is_finished(self) -> bool:
         return super().is_finished() or not len(self._learning)
@@ -455,10 +500,6 @@ class PrefixTrainer(Trainer):
         self._learning = self._smoothed_loss.nonzero().flatten()
         if self._n_prefixes > 1 and len(self._learning):
             self.train_dataset.chosen = self._learning.tolist()
-
-    def average_gradients(self) -> None:
-        assert self.prefixes.grad is not None
-        distributed.total(self.prefixes.grad.div_(distributed.world_size()))
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""

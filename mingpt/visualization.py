@@ -327,6 +327,34 @@ def learning_curves(
     return figure
 
 
+def layers_heads_figure(values: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Draw numbers for every layer and head as heatmaps side by side, each on its own scale from 0.
+
+    Args:
+        values: (L, H) each, not negative, by what they are.
+        title: above the figure.
+
+    Raises:
+        ValueError: if there are none, or their shapes differ.
+    """
+    shapes = {name: tuple(each.shape) for name, each in values.items()}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
+        raise ValueError(f"values must be of one shape (layers, heads), got {shapes}")
+    n_layers, n_heads = next(iter(shapes.values()))
+    panel = max(0.5 * n_heads, 2.4)
+    figure = _new_figure(len(values) * (panel + 0.5), 0.32 * n_layers + 1.3, title)
+    for ax, (name, each) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
+        shown = each.double().numpy()
+        texts = np.array([[f"{value:.3g}" for value in row] for row in shown])
+        _heatmap(ax, shown, max(shown.max(), 1e-12), texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
+        ax.set_xticks(np.arange(n_heads) + 0.5, [str(head) for head in range(1, n_heads + 1)], fontsize=8)
+        ax.set_yticks(np.arange(n_layers) + 0.5, [str(layer) for layer in range(1, n_layers + 1)], fontsize=8)
+        ax.set_xlabel("head", fontsize=9)
+        ax.set_ylabel("layer", fontsize=9)
+        ax.set_title(name, fontsize=9)
+    return figure
+
+
 # --------------------------------------------------------------------------------------------- shared parts
 
 

@@ -173,10 +173,14 @@ def three_steps(folder: Path, dies_in: str | None = None) -> dict:
         return generate(prompts, n_new, **options)
 
     model.generate = counting
+
+    def step(name, *arguments, **fields):
+        return multistep.Step(name, prompt(name), *arguments, **fields)
+
     steps = [
-        multistep.Step("third", prompt("third"), 4, ("first", "second"), options={"do_sample": True}),
-        multistep.Step("first", prompt("first"), 3, metric_fn=lambda outputs, _: {"mean": sum(map(sum, outputs)) / 69}),
-        multistep.Step("second", prompt("second"), 2, prefix=torch.ones(2, 2, 16)),
+        step("third", ("first", "second"), max_new_tokens=4, options={"do_sample": True}),
+        step("first", metric_fn=lambda outputs, _: {"mean": sum(map(sum, outputs)) / 69}, max_new_tokens=3),
+        step("second", prefix=torch.ones(2, 2, 16), max_new_tokens=2),
     ]
     plan = multistep.Plan(model, steps)
     outputs = multistep.predict(plan, examples, 4, seed=5, folder=folder / "plan")
@@ -252,7 +256,7 @@ def fail(folder: Path, who: int, where: str) -> None:
     if where == "predict":
         Predictor(list, failing).predict(list(range(8)), 1)
     else:
-        multistep.predict(multistep.Plan(random_model(), [multistep.Step("a", failing, 1)]), [0])
+        multistep.predict(multistep.Plan(random_model(), [multistep.Step("a", failing, max_new_tokens=1)]), [0])
 
 
 JOBS = {

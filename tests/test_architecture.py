@@ -17,11 +17,11 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 LAYERS = [
     {"utils", "tasks", "automata", "precision", "past", "distributed"},
-    {"datasets", "prefix", "logits_processors", "optim", "sharding"},
+    {"datasets", "prefix", "logits_processors", "optim", "sharding", "lora"},
     {"generation", "batches", "constraints", "grammar", "checkpoint"},
     {"model", "predictor", "watch"},
     {"trainer", "evaluation", "visualization", "store"},
-    {"multistep"},
+    {"multistep", "analysis", "interop"},
     {"experiment"},
     {"cli", "data_tools"},
     {"__main__"},

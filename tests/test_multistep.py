@@ -14,7 +14,7 @@ from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Add1, SortAscending, Task
 
 
 def step(name, *depends_on, **fields):
-    return Step(name, lambda examples, _: examples, 2, depends_on, **fields)
+    return Step(name, lambda examples, _: examples, depends_on, max_new_tokens=2, **fields)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_steps_draw_independently_and_by_the_seed():
 )
 def test_wrong_prompts_are_refused(prompt_fn, message):
     with pytest.raises(ValueError, match=message):
-        multistep.predict(Plan(random_model(), [Step("a", prompt_fn, 1)]), random_rows(3))
+        multistep.predict(Plan(random_model(), [Step("a", prompt_fn, max_new_tokens=1)]), random_rows(3))
 
 
 def test_no_examples_have_no_outputs():
@@ -101,7 +101,7 @@ def test_the_third_task_reads_the_outputs_of_the_first_two(alone):
     assert alone["outputs"]["second"] == second.tolist()
     assert alone["calls"] == [["first", []], ["second", []], ["third", ["first", "second"]]]
     prompts = torch.cat([torch.tensor(rows), first, second], dim=1)
-    plan = Plan(model, [Step("third", lambda *_: prompts, 4, options={"do_sample": True})])
+    plan = Plan(model, [Step("third", lambda *_: prompts, max_new_tokens=4, options={"do_sample": True})])
     assert alone["outputs"]["third"] == multistep.predict(plan, rows, seed=5)["third"]
     assert len(alone["outputs"]["third"]) == 23
     assert alone["metrics"] == {"test-first_mean": sum(map(sum, first.tolist())) / 69}
