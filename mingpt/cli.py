@@ -302,6 +302,28 @@ def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, co
         _say(f"{metric:40} {100 * value:.2f}%")
 
 
+@cli.command()
+@click.argument("out", metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--task", "tasks", multiple=True, metavar="TASK", help="Whose prefix to export; may be repeated. [all]")
+@_from_option
+def export(out: Path, tasks: tuple[str, ...], folder: Path) -> None:
+    """Write the model for transformers into FOLDER/model, and each prefix for PEFT into FOLDER/TASK."""
+    from mingpt.interop import export_peft, to_huggingface
+    from mingpt.tasks import Task
+
+    model, prefixes, _ = _load(folder)
+    chosen = {
+        name: _prefix_of(prefixes, name, folder) for name in [str(Task.parse(task)) for task in tasks or prefixes]
+    }
+    if out.exists():
+        raise click.UsageError(f"{out} exists; remove it or choose another folder")
+    to_huggingface(model).save_pretrained(out / "model")
+    for name, prefix in chosen.items():
+        export_peft(model, prefix, out / name)
+    click.echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
+    click.echo(f"PeftModel.from_pretrained(model, {str(out / next(iter(chosen), 'TASK'))!r}) adds a prefix")
+
+
 @cli.command("tasks")
 def list_tasks() -> None:
     """List the tasks, each with a sample row."""

@@ -81,8 +81,9 @@ PRESETS = {
     },
     "seed": {
         "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
-        "trainer": {"max_iters": 300, "batch_size": 224, "checkpoint_every": 50},
-        "prefix": {"max_iters": 200, "batch_size": 16, "checkpoint_every": 50},
+        "trainer": {"max_iters": 600, "batch_size": 224, "checkpoint_every": 50},
+        "prefix": {"max_iters": 400, "batch_size": 16, "checkpoint_every": 50},
+        "evaluation": {"n_matrix_rows": 100},
     },
 }
 """``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""

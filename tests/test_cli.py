@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mingpt import cli
 from mingpt.tasks import SIMPLE_TASKS, Task
@@ -104,6 +105,22 @@ def test_chain_answers_in_steps_and_measures_each(run, folder, files):
         assert sorted(answers["1-SortAscending"]) == sorted(row)
         assert all(2 <= value <= 11 for value in answers["2-Add1"])
     assert list(output.parent.glob("out*")) == [output]
+
+
+def test_export_writes_what_transformers_and_peft_read(run, folder, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    out = tmp_path / "exported"
+    code, printed, err = run("export", out, "--from", folder, "--task", "Add1", "--task", "SortAscending+Add1")
+    assert code == 0, err
+    assert len(printed.splitlines()) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["Add1", "SortAscending+Add1", "model"]
+    model = transformers.GPT2LMHeadModel.from_pretrained(out / "model")
+    loaded = peft.PeftModel.from_pretrained(model, str(out / "Add1")).eval()
+    row = torch.tensor(ROWS[:1])
+    tokens = loaded.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=10, do_sample=False)
+    _, expected, _ = run("generate", "--from", folder, "--task", "Add1", " ".join(map(str, ROWS[0])))
+    assert tokens[0, 10:].tolist() == [int(word) for word in expected.split()]
+    assert run("export", out, "--from", folder)[0] == 2
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "6 2 7", "[" + "99, " * 9 + "1]", "[" + "1.5, " * 9 + "1]", '{"a": 1}', ""])
