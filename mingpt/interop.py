@@ -5,6 +5,9 @@ Legend: P prefix positions, C channels, L layers.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,15 @@ def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
     return torch.stack([torch.stack(layer) for layer in pieces])
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings that PEFT and transformers have for each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@_quietly()
 def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path) -> None:
     """Write a prefix or a LoRA as an adapter for PEFT: ``PeftModel.from_pretrained(to_huggingface(model), folder)``.
 

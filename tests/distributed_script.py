@@ -1,11 +1,13 @@
 """Jobs of several processes, for the tests to start.
 
-``run_job`` starts this file as a program. It imports torch once, forks the processes of the job and sets what torchrun
-would have set. Each calls one of the functions of JOBS with the folder that the outcome goes to.
+``run_job`` has this file run as a program, once for all jobs, so that torch is imported once. For each job it forks
+the processes and sets what torchrun would have set; each calls one of the functions of JOBS with the folder that the
+outcome goes to. Under torchrun, the program is one process of one job.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,6 +19,9 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # (like the next two, to import it once for all processes)
+import torch.distributed.fsdp
+import torch.distributed.tensor
 
 from mingpt import distributed, experiment, multistep, tasks
 from mingpt.datasets import CustomDataset
@@ -30,12 +35,19 @@ COUNTS = (0, 1, 2, 3, 4, 5, 97)
 """With 1 to 4 processes: none, one, and one less than, as many as and one more than the processes."""
 
 
+@functools.cache
+def program() -> subprocess.Popen:
+    """This file, waiting for jobs."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    return subprocess.Popen([sys.executable, __file__], **pipes)
+
+
 def run_job(name: str, n_processes: int, folder: Path, **arguments) -> list:
     """Run a job and return what its processes returned; their stderr is in the error where one fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, name, str(n_processes), str(folder), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    print(json.dumps([name, n_processes, str(folder), arguments]), file=program().stdin)
+    failed = json.loads(program().stdout.readline())
+    assert not failed, (folder / "stderr").read_text()
     return [json.loads((folder / f"result{rank}.json").read_text()) for rank in range(n_processes)]
 
 
@@ -274,33 +286,43 @@ def run_as_process(rank: int, n_processes: int, port: int, name: str, folder: Pa
     (folder / f"result{rank}.json").write_text(json.dumps(result))
 
 
-def main() -> None:
-    name, folder, arguments = sys.argv[1], Path(sys.argv[-2]), json.loads(sys.argv[-1])
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:  # torchrun started this
-        JOBS[name](folder, **arguments)
-        return
+def run_processes(name: str, n_processes: int, folder: Path, arguments: dict) -> bool:
+    """Fork a job's processes and wait for them. Returns whether one has failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = {}
-    for rank in range(int(sys.argv[2])):
+    children = set()
+    for rank in range(n_processes):
         child = os.fork()
         if not child:
+            os.dup2(os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
             try:
-                run_as_process(rank, int(sys.argv[2]), port, name, folder, arguments)
+                run_as_process(rank, n_processes, port, name, folder, arguments)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        children[child] = rank
+        children.add(child)
+    has_failed = False
     while children:
         child, status = os.wait()
-        del children[child]
-        if status:  # as torchrun: the others have nothing to wait for any more
+        children.remove(child)
+        if status and not has_failed:  # as torchrun: the others have nothing to wait for any more
+            has_failed = True
             for other in children:
                 os.kill(other, signal.SIGKILL)
-            sys.exit(1)
+    return has_failed
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:  # torchrun started this
+        name, folder, arguments = sys.argv[1:]
+        JOBS[name](Path(folder), **json.loads(arguments))
+        return
+    for line in sys.stdin:
+        name, n_processes, folder, arguments = json.loads(line)
+        print(json.dumps(run_processes(name, n_processes, Path(folder), arguments)), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ LAYERS = [
     {"generation", "batches", "constraints", "grammar", "checkpoint"},
     {"model", "predictor", "watch"},
     {"trainer", "evaluation", "visualization", "store"},
-    {"multistep", "analysis", "interop"},
+    {"multistep", "analysis", "interop", "constructions"},
     {"experiment"},
     {"cli", "data_tools"},
     {"__main__"},

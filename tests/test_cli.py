@@ -107,6 +107,7 @@ def test_chain_answers_in_steps_and_measures_each(run, folder, files):
     assert list(output.parent.glob("out*")) == [output]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT and transformers among themselves
 def test_export_writes_what_transformers_and_peft_read(run, folder, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     out = tmp_path / "exported"
