@@ -163,7 +163,7 @@ def evaluate_command(tasks: tuple[str, ...], folder: Path, without_prefix: bool,
     for task in [Task.parse(task) for task in tasks or prefixes]:
         chosen = None if without_prefix else _prefix_of(prefixes, str(task), folder)
         data = CustomDataset.from_description(description["data"], split="test", tasks=[task])
-        click.echo(f"{task!s:24} {_percent(evaluate(model, data, chosen, rows))}")
+        _say(f"{task!s:24} {_percent(evaluate(model, data, chosen, rows))}")
 
 
 @cli.command()
@@ -278,7 +278,9 @@ def predict(rows: Path, output: Path, task: str, folder: Path, batch_size: int, 
 
 @cli.command()
 @_file_options
-@click.option("--constrained", is_flag=True, help="Force each answer into what is known of it, such as being sorted.")
+@click.option(
+    "--constrained", is_flag=True, help="Force each answer into what is known of it: values in range, a permutation."
+)
 def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, constrained: bool) -> None:
     """Answer the rows of a file in steps: each task of the composition TASK in turn, with its own prefix.
 

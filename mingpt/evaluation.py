@@ -267,7 +267,6 @@ def accuracy_matrix(
     prefixes: Mapping[str, Tensor | Prefix | None],
     datasets: Sequence[CustomDataset],
     n_rows: int = N_ROWS,
-    on_prefix: Callable[[str], object] | None = None,
     **options: Any,
 ) -> AccuracyMatrix:
     """Score every prefix on the one task of every dataset.
@@ -280,7 +279,6 @@ def accuracy_matrix(
         prefixes: by name; None is the model without a prefix.
         datasets: of one task each.
         n_rows: rows for each cell.
-        on_prefix: called with each prefix's name before its turn.
         options: see ``solve``.
 
     Raises:
@@ -300,8 +298,6 @@ def accuracy_matrix(
             distinct.append((inputs, padding, [column]))
     table = []
     for name, prefix in prefixes.items():
-        if on_prefix is not None:
-            on_prefix(name)
         scores: dict[int, Score] = {}
         for inputs, padding, columns in distinct:
             outputs = solve(model, inputs, padding, prefix, **options)

@@ -310,9 +310,13 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
         its prefix, and as a chain, None where it is no composition), and the matrix.
 
     Raises:
-        ValueError: if the folder holds a run of another configuration.
+        ValueError: if the folder holds a run of another configuration, or for prefix.parallel = "fsdp".
     """
     folder = Path(folder)
+    if config.prefix.parallel == "fsdp":
+        raise ValueError(
+            "prefix.parallel = 'fsdp' leaves the model split, and its evaluation needs a whole one; use ddp"
+        )
     claim(config, folder)
     path = folder / "results.json"
     if distributed.once(path.exists):

@@ -431,12 +431,6 @@ def test_rows_after_another_padding_are_answered_apart(half_trained):
     assert matrix.scores[0][0] != matrix.scores[0][1]
 
 
-def test_the_matrix_says_which_prefix_is_next():
-    said = []
-    make_matrix([make_dataset(Add1())], on_prefix=said.append)
-    assert said == list(make_prefixes())
-
-
 def test_the_matrix_goes_to_json():
     scores = ((Score(1, 4), Score(2, 4)),)
     values = AccuracyMatrix(("none",), ("Add1", "Modulo"), scores).to_dict()

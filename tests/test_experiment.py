@@ -96,6 +96,8 @@ def test_the_same_command_again_does_nothing(finished, monkeypatch):
 def test_another_configuration_is_refused_and_named(finished):
     with pytest.raises(ValueError, match=r"trainer\.max_iters = 4, this one has 5; choose another folder"):
         experiment.reproduce(tiny_config(**{"trainer.max_iters": 5}), finished[0])
+    with pytest.raises(ValueError, match=r"prefix\.parallel = 'fsdp' leaves the model split"):
+        experiment.reproduce(tiny_config(**{"prefix.parallel": "fsdp"}), finished[0])
     with pytest.raises(ValueError, match="seed = 0, this one has 1"):
         experiment.reproduce(tiny_config(seed=1), finished[0])
 
