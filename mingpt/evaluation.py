@@ -297,7 +297,7 @@ def accuracy_matrix(
         else:
             distinct.append((inputs, padding, [column]))
     table = []
-    for name, prefix in prefixes.items():
+    for prefix in prefixes.values():
         scores: dict[int, Score] = {}
         for inputs, padding, columns in distinct:
             outputs = solve(model, inputs, padding, prefix, **options)
