@@ -20,13 +20,17 @@ from torch import Tensor
 from mingpt.model import GPT, causal_mask
 from mingpt.prefix import Prefix, as_prefix
 
+_LEAST = 1e-30
+"""A share of attention from which float32 still tells the parts, some digits above its smallest number."""
+
 
 @dataclass(frozen=True)
 class Invariance:
     """How far attention among the content is from what it is without the prefix, once the prefix's share is taken off.
 
     Attributes:
-        deviation: (L, H) largest difference of two attention weights, a probability, 0 to 1. Theory says 0.
+        deviation: (L, H) largest difference of two attention weights, a probability, 0 to 1. Theory says 0. A token
+            that leaves the content less than 1e-30 is not counted: there is nothing in float32 to compare.
         share: (L, H) mean attention that content pays to the prefix, a probability, 0 to 1.
     """
 
@@ -110,8 +114,9 @@ def attention_invariance(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Inva
     for layer in _layers(model, prefix, x):
         n_prefix = layer.weights.shape[-1] - layer.weights_without.shape[-1]
         content = layer.weights[..., n_prefix:]
-        relative = content / content.sum(dim=-1, keepdim=True)
-        deviation.append((relative - layer.weights_without).abs().amax(dim=(0, 2, 3)))
+        left = content.sum(dim=-1, keepdim=True)
+        difference = (content / left - layer.weights_without).abs()
+        deviation.append(difference.where(left > _LEAST, 0).amax(dim=(0, 2, 3)))
         share.append(layer.weights[..., :n_prefix].sum(dim=-1).mean(dim=(0, 2)))
     return Invariance(torch.stack(deviation).cpu(), torch.stack(share).cpu())
 
@@ -147,7 +152,7 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
         found["outside"].append((biases - inside).norm(dim=(1, 2)) / biases.norm(dim=(1, 2)).clamp(min=1e-300))
         energy = torch.linalg.svdvals(biases).square()
         found["used"].append((energy.cumsum(dim=1) < 0.99 * energy.sum(dim=1, keepdim=True)).sum(dim=1) + 1)
-        spread = to_prefix / share
+        spread = to_prefix / share.clamp(min=_LEAST)
         entropy = -torch.xlogy(spread, spread).sum(dim=-1)
         found["positions"].append(entropy.mean(dim=(0, 2)).exp())
     return BiasSubspace(**{name: torch.stack(values).cpu() for name, values in found.items()})
