@@ -90,8 +90,9 @@ def claim(path: str | Path, run: Mapping[str, Any], ignored: Collection[str] = (
         )
 
 
-def _first_difference(old: Any, new: Any, name: str, ignored: Collection[str]) -> tuple[str, Any, Any] | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
+def _first_difference(old: Any, new: Any, name: str, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+    """Where nested values first differ, and how: the dotted name, the old value and the new one."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return None if old == new else (name, old, new)
     for key in {**new, **old}:
         if key not in ignored:
@@ -162,11 +163,10 @@ def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> No
     Raises:
         CheckpointError: naming the file, the first field that differs, and both values.
     """
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for key in {**expected, **found}:
-            require_equal(path, f"{field}.{key}", found.get(key), expected.get(key))
-    elif found != expected:
-        raise CheckpointError(f"{path}: field '{field}' is {found!r}, expected {expected!r}")
+    difference = _first_difference(found, expected, field)
+    if difference:
+        name, old, new = difference
+        raise CheckpointError(f"{path}: field '{name}' is {old!r}, expected {new!r}")
 
 
 def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -216,10 +216,13 @@ def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of tensors on the CPU, and over JSON values, in hexadecimal."""
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, and over JSON values, in hexadecimal.
+
+    All processes must get here where a tensor is split over them.
+    """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].clone(memory_format=torch.contiguous_format)
+        tensor = whole(tensors[name]).cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -9,7 +9,6 @@ process, and sent to the others; all processes share the prediction; the outputs
 from __future__ import annotations
 
 import graphlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +33,7 @@ from mingpt.predictor import Draws, Predictor
 from mingpt.prefix import Prefix
 from mingpt.store import fingerprint
 from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task
-from mingpt.utils import nearest
+from mingpt.utils import derived_seed, nearest
 
 Outputs = dict[str, list[Any]]
 """What each step has generated, N outputs by the step's name."""
@@ -217,8 +216,7 @@ def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
     def collate(prompts: list[Any]) -> Tensor:
         return torch.from_numpy(np.array(prompts, dtype=np.int64))
 
-    digest = hashlib.blake2b(f"{seed} {step.name}".encode(), digest_size=7).digest()
-    return Predictor(collate, generate, outputs, model=model, seed=int.from_bytes(digest, "little"))
+    return Predictor(collate, generate, outputs, model=model, seed=derived_seed(seed, step.name))
 
 
 def _describe(plan: Plan, examples: Sequence[Any], seed: int, precision: str) -> dict[str, Any]:
@@ -229,7 +227,7 @@ def _describe(plan: Plan, examples: Sequence[Any], seed: int, precision: str) ->
         steps[step.name] = {
             "depends_on": step.depends_on,
             "max_new_tokens": step.max_new_tokens,
-            "prefix": None if prefix is None else checksum({"prefix": prefix.detach().cpu()}),
+            "prefix": None if prefix is None else checksum({"prefix": prefix}),
             "logits_processors": [type(processor).__name__ for processor in step.logits_processors],
             "options": {name: repr(value) for name, value in step.options.items()},
         }

@@ -9,7 +9,6 @@ do not depend on W, and random draws are a function of (seed, index of the examp
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from mingpt import distributed
 from mingpt.checkpoint import claim, json_checksum, json_lines, write_atomic
 from mingpt.sharding import Rules, shard
+from mingpt.utils import derived_seed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,8 +42,7 @@ class Draws:
 
     def generators(self) -> list[torch.Generator]:
         """A generator for each example, for predictions that draw in other ways."""
-        keys = (hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=7).digest() for i in self.indices)
-        return [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
+        return [torch.Generator().manual_seed(derived_seed(self.seed, index)) for index in self.indices]
 
 
 class Predictor:
@@ -124,8 +123,9 @@ class Predictor:
         share, n_shares, is_writer = self._set_up()
         parts, done = None if path is None else _Parts(Path(path)), {}
         if parts is not None:
-            identity = {"examples": json_checksum(list(examples)), "seed": self.seed, "run": run}
-            done = distributed.once(lambda: parts.open(identity))
+            done = distributed.once(
+                lambda: parts.open({"examples": json_checksum(list(examples)), "seed": self.seed, "run": run})
+            )
         missing = [index for index in range(len(examples)) if index not in done]
         batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
         own: dict[int, Any] = {}

@@ -24,7 +24,7 @@ from mingpt.model import GPT
 from mingpt.optim import build_optimizer, learning_rate_factor
 from mingpt.precision import autocast, resolve_precision
 from mingpt.prefix import Prefix, as_prefix
-from mingpt.sharding import fully_shard, split_like, whole
+from mingpt.sharding import fully_shard, split_like
 from mingpt.utils import CfgNode
 from mingpt.watch import WATCHING, watch
 
@@ -329,8 +329,7 @@ class AdapterTrainer(Trainer):
     """Trains something beside a model that stays as it is; ``trained_tensors`` says what."""
 
     def describe(self) -> dict[str, Any]:
-        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
-        return super().describe() | {"model_checksum": checkpoint.checksum(weights)}
+        return super().describe() | {"model_checksum": checkpoint.checksum(self.model.state_dict())}
 
     def _learned(self) -> list[Tensor]:
         return [tensor for tensor in self.trained_tensors().values() if tensor.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import random
@@ -24,6 +25,11 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one is what is to be seeded)
     torch.manual_seed(seed)
+
+
+def derived_seed(seed: int, name: object) -> int:
+    """A seed, below 2^56, for one of several things that share ``seed``: a hash of it and of the thing's name."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
 
 
 def setup_logging(config: CfgNode) -> None:

@@ -18,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+import reference
 import torch
 import torch._dynamo  # (like the next two, to import it once for all processes)
 import torch.distributed.fsdp
@@ -53,15 +54,7 @@ def run_job(name: str, n_processes: int, folder: Path, **arguments) -> list:
 
 def random_model(std: float = 0.2) -> GPT:
     """A small GPT whose tokens depend on what it reads."""
-    config = GPT.get_default_config()
-    config.merge_from_dict({"model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 16})
-    config.merge_from_dict({"vocab_size": 13, "block_size": 24})
-    torch.manual_seed(0)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=std)
-    return model
+    return reference.random_model(std=std, n_head=2, n_embd=16, vocab_size=13, block_size=24)
 
 
 def random_rows(n: int, length: int = 6) -> list[list[int]]:

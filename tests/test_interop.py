@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import random_model
 
 from mingpt.interop import as_key_value, export_peft, import_peft, to_huggingface
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
-from mingpt.utils import set_seed
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -20,15 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 def new_model(**options):
-    config = GPT.get_default_config()
-    config.merge_from_dict({"model_type": None, "n_layer": L, "n_head": 4, "n_embd": C, "vocab_size": V})
-    config.merge_from_dict({"block_size": 30} | options)
-    set_seed(0)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.15)
-    return model
+    sizes = {"n_layer": L, "n_embd": C, "vocab_size": V, "block_size": 30}
+    return random_model(std=0.15, **(sizes | options))
 
 
 def rows(n=1000, length=12):

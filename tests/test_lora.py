@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from reference import random_model
 
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.lora import LoRA
-from mingpt.model import GPT
 from mingpt.tasks import Add1, SortAscending
 from mingpt.trainer import LoRATrainer, Trainer
 from mingpt.utils import set_seed
@@ -18,17 +18,8 @@ from mingpt.utils import set_seed
 LENGTH, NUM_DIGITS = 4, 6
 
 
-def new_model(n_layer=2, n_embd=16):
-    config = GPT.get_default_config()
-    config.merge_from_dict({"model_type": None, "n_layer": n_layer, "n_head": 2, "n_embd": n_embd})
-    config.merge_from_dict({"vocab_size": NUM_DIGITS + 3, "block_size": 2 * LENGTH - 1})
-    config.merge_from_dict(dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0))
-    set_seed(0)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
+def new_model(n_embd=16):
+    return random_model(std=0.2, n_head=2, n_embd=n_embd, vocab_size=NUM_DIGITS + 3, block_size=2 * LENGTH - 1)
 
 
 def random_lora(model, **options):
