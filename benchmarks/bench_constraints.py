@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from mingpt import experiment
+from mingpt import experiment, stages
 from mingpt.automata import DFA, PDA
 from mingpt.constraints import MultisetConstraint, PushdownConstraint, RegularConstraint
 from mingpt.generation import generate
@@ -71,7 +71,7 @@ def step_of(processor: LogitsProcessor, n_rows: int, vocab_size: int, n_new: int
 
 def in_a_decode(rounds: int, constraint: RegularConstraint) -> None:
     """How much longer the laptop preset takes to generate ten tokens for 100 rows."""
-    model = experiment.build_model(experiment.get_default_config("laptop")).eval()
+    model = stages.build_model(experiment.get_default_config("laptop")).eval()
     prompts = torch.randint(1, 11, (100, 20))
     works = {"free": [], "constrained": [constraint]}
     times: dict[str, list[float]] = {name: [] for name in works}

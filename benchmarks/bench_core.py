@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import peers
 from reference import ReferenceLoop, reference_generate, reference_rows
 
-from mingpt import experiment
+from mingpt import experiment, stages
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix, solve
 from mingpt.precision import resolve_precision
@@ -90,7 +90,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     config = experiment.get_default_config("laptop")
     config.trainer.precision = config.prefix.precision = precision
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
-    mixed = experiment.dataset(config, "train", PRETRAINING_TASKS)
+    mixed = stages.dataset(config, "train", PRETRAINING_TASKS)
     n_positions, length = config.data.prefix_size, config.data.length
     has_transformers, has_peft = (importlib.util.find_spec(name) is not None for name in ("transformers", "peft"))
 
@@ -103,10 +103,10 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
         },
     )
 
-    model = experiment.build_model(config)
+    model = stages.build_model(config)
     ancestor = config.copy()
     ancestor.model.gelu_approximate = "tanh"
-    old = ReferenceLoop(experiment.build_model(ancestor), Trainer.get_default_config())
+    old = ReferenceLoop(stages.build_model(ancestor), Trainer.get_default_config())
     x, y = mixed.batch(range(512))
     works = {
         "package": steps(Trainer(short(config.trainer, batch_size=512), model, mixed), 512),
@@ -118,10 +118,10 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
         works["transformers"] = (peers.huggingface_step(model.config, precision, x, y), 512)
     yield ("pretraining step, 512 rows", works)
 
-    sort = experiment.dataset(config, "train", tasks[:1])
+    sort = stages.dataset(config, "train", tasks[:1])
     x1, y1 = sort.batch(range(512))
     prefix = initial_prefix(model, n_positions)
-    old_prefix = ReferenceLoop(experiment.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
+    old_prefix = ReferenceLoop(stages.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
     rivals = {
         "reference": (lambda: old_prefix.step(x1[:64], y1[:64]), 64),
         "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 2), 512),
@@ -132,7 +132,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     yield ("1 prefix, 512 rows", {"package": steps(single, 512)} | rivals)
 
     values = prefix.detach().repeat(len(tasks), 1, 1, 1)
-    datasets = [experiment.dataset(config, "train", [task]) for task in tasks]
+    datasets = [stages.dataset(config, "train", [task]) for task in tasks]
     joint = PrefixTrainer(short(config.prefix, batch_size=512 // len(tasks)), model, datasets, values)
     yield (f"{len(tasks)} prefixes, 512 rows", {"package": steps(joint, 512)} | rivals)
 
@@ -151,7 +151,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
             works["transformers"] = (decode, n_rows)
         yield (f"decode, {n_rows} rows", works)
 
-    tests = [experiment.dataset(config, "test", [task]) for task in tasks]
+    tests = [stages.dataset(config, "test", [task]) for task in tasks]
     matrix = (lambda: accuracy_matrix(model, {"one": learned}, tests, 400, precision=precision), len(tasks) * 400)
     yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": reference})
 
@@ -160,9 +160,9 @@ def full_matrix(precision: str, n_rows: int = 3200) -> float:
     """Seconds of scoring the model without a prefix and with each of sixteen on all sixteen tasks, once."""
     config = experiment.get_default_config("laptop")
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
-    model = experiment.build_model(config)
+    model = stages.build_model(config)
     prefixes = {str(task): initial_prefix(model, config.data.prefix_size, "random").detach() for task in tasks}
-    tests = [experiment.dataset(config, "test", [task]) for task in tasks]
+    tests = [stages.dataset(config, "test", [task]) for task in tasks]
     start = time.perf_counter()  # torch's Timer would do it three times
     accuracy_matrix(model, {"none": None, **prefixes}, tests, n_rows, precision=precision)
     return time.perf_counter() - start

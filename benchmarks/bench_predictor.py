@@ -18,9 +18,10 @@ import time
 import torch
 
 from mingpt import distributed
-from mingpt.experiment import build_model, get_default_config
+from mingpt.experiment import get_default_config
 from mingpt.predictor import Predictor
 from mingpt.prefix import initial_prefix
+from mingpt.stages import build_model
 
 LENGTH, PADDING = 10, 10
 

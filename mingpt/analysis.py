@@ -165,13 +165,13 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
     past = model.past_of_prefix(prefix)
-    n_prefix, n_tokens = prefix.n_positions, x.shape[1] - prefix.n_positions
+    n_prefix, n_places, n_tokens = prefix.n_positions, prefix.n_places, x.shape[1] - prefix.n_places
     if n_tokens < 1:
-        raise ValueError(f"{n_prefix} prefix positions leave no content in {x.shape[1]} tokens")
+        raise ValueError(f"{n_places} prefix positions leave no content in {x.shape[1]} tokens")
     inputs: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
     try:
-        model.extend(x[:, n_prefix:], past)
+        model.extend(x[:, n_places:], past, start=n_places)
     finally:
         for hook in hooks:
             hook.remove()

@@ -109,12 +109,12 @@ def reproduce(preset: str, out: Path | None, seed: int, overrides: tuple[str, ..
 @_run_options
 def pretrain(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...]) -> None:
     """Only pretrain the model, the first stage of 'reproduce'."""
-    from mingpt import experiment
+    from mingpt import stages
 
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
-    experiment.claim(config, out)
-    experiment.pretrain(config, out)
+    stages.claim(config, out)
+    stages.pretrain(config, out)
     _say(f"the model is {out / 'model.safetensors'}")
 
 
@@ -129,23 +129,58 @@ def prefix(
 
     A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
     """
-    from mingpt import experiment
+    from mingpt import stages
     from mingpt.evaluation import evaluate
     from mingpt.tasks import Task
 
     parsed = [Task.parse(task) for task in tasks]
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
-    experiment.claim(config, out)
-    model, _ = experiment.pretrain(config, out)
+    stages.claim(config, out)
+    model, _ = stages.pretrain(config, out)
     file = name or "prefix_" + "_".join(map(str, parsed))
-    prefixes, seconds = experiment.train_prefixes(config, model, parsed, out, file)
+    prefixes, seconds = stages.train_prefixes(config, model, parsed, out, file)
     for task in parsed:
-        score = evaluate(
-            model, experiment.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows
-        )
+        score = evaluate(model, stages.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows)
         _say(f"{task!s:24} {_percent(score)}")
     _say(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
+
+
+@cli.command()
+@_run_options
+@click.option("--task", "tasks", multiple=True, metavar="TASK", help="May be repeated. [the nine test tasks]")
+@click.option("--methods", default=None, metavar="NAME,...", help="Separated by commas. [all]")
+@click.option("--n-parameters", default=None, type=click.IntRange(min=1), help="Learned numbers a task. [a prefix's]")
+def compare(
+    preset: str,
+    out: Path | None,
+    seed: int,
+    overrides: tuple[str, ...],
+    tasks: tuple[str, ...],
+    methods: str | None,
+    n_parameters: int | None,
+) -> None:
+    """Teach a run's model each task by several methods, side by side.
+
+    With as many learned numbers and as much training each: fine-tuning, LoRA, prefixes of every kind and from every
+    start, soft prompts. Prints a table; the run's folder gets comparison/outcomes.json and figures/comparison.png.
+    """
+    from mingpt import comparison, stages
+    from mingpt.tasks import TEST_TASKS, Task
+    from mingpt.visualization import accuracy_matrix_figure
+
+    out = out or Path("runs") / preset
+    config = _config(preset, seed, overrides)
+    parsed = [Task.parse(task) for task in tasks] or TEST_TASKS
+    names = methods.split(",") if methods else list(comparison.METHODS)
+    stages.claim(config, out)
+    outcomes = comparison.compare(config, out, parsed, names, n_parameters)
+    _say(comparison.format_table(outcomes))
+    figure = accuracy_matrix_figure(comparison.as_matrix(outcomes), "Methods side by side", rows="method")
+    path = out / "figures" / "comparison.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    _say(f"the figure is {path}")
 
 
 @cli.command("eval")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -137,8 +137,8 @@ def solve(
     prefix = None
     if prefixes is not None:
         prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
-        if prefix.n_positions > prefix_padding:
-            raise ValueError(f"the prefix has {prefix.n_positions} positions, prefix_padding has {prefix_padding}")
+        if prefix.n_places > prefix_padding:
+            raise ValueError(f"the prefix has {prefix.n_places} positions, prefix_padding has {prefix_padding}")
     prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
     if given is not None:
         prompts = np.concatenate([prompts, given[:, :n_given]], axis=1)
@@ -170,7 +170,7 @@ def solve(
 
 def _of_rows(prefix: Prefix, n_rows: int, rows: slice) -> Prefix:
     """The prefixes of some of ``n_rows`` rows."""
-    return prefix if prefix.n_prefixes == 1 else Prefix(prefix.kind, prefix.values, prefix.owners(n_rows)[rows])
+    return prefix if prefix.n_prefixes == 1 else replace(prefix, rows=prefix.owners(n_rows)[rows])
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,19 @@ def accuracy_matrix(
             scores.update((column, Score.of(outputs, rows[column][1])) for column in columns)
         table.append(tuple(scores[column] for column in range(len(datasets))))
     return AccuracyMatrix(tuple(prefixes), tuple(str(dataset.tasks[0]) for dataset in datasets), tuple(table))
+
+
+def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | None = None) -> str:
+    """Scores by name as lines of text: percent, the 95% interval, and what was published, in percent, where it was."""
+    width = max(map(len, scores)) + 2
+    lines = [f"{'':{width}}{'accuracy':>10}{'95% interval':>18}{'published':>12}"]
+    for name, score in scores.items():
+        low, high = (100 * end for end in score.interval)
+        theirs = (published or {}).get(name)
+        line = f"{name:{width}}{100 * score.accuracy:>9.2f}%{f'{low:.2f} - {high:.2f}':>18}"
+        lines.append(line + (f"{theirs:>11.2f}%" if theirs is not None else ""))
+    n_rows = sorted({score.n_rows for score in scores.values()})
+    return "\n".join([*lines, f"of {' or '.join(f'{n:,}' for n in n_rows)} test rows"])
 
 
 def best_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:

@@ -23,15 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt import checkpoint, distributed, multistep, store
+from mingpt import checkpoint, distributed, multistep
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, best_loss, evaluate
 from mingpt.model import GPT, Record
-from mingpt.prefix import initial_prefix
+from mingpt.stages import claim, dataset, pretrain, train_prefixes
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import PrefixTrainer, Trainer
-from mingpt.utils import CfgNode, nearest, set_seed
-from mingpt.watch import WATCHING
+from mingpt.trainer import Trainer
+from mingpt.utils import CfgNode, nearest
 
 logger = logging.getLogger("mingpt")
 
@@ -121,120 +120,7 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     return config
 
 
-# ------------------------------------------------------------------------------------------------------- the stages
-
-
-def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset:
-    """The run's examples of some tasks."""
-    data = config.data
-    return CustomDataset(
-        split, list(tasks), data.length, data.num_digits, prefix_padding=data.prefix_size, seed=config.seed
-    )
-
-
-def build_model(config: CfgNode) -> GPT:
-    """A fresh model for the run, which has a token for everything that any of the sixteen tasks can produce."""
-    everything = dataset(config, "train", [*PRETRAINING_TASKS, *TEST_TASKS])
-    model_config = GPT.get_default_config()
-    model_config.merge_from_dict(
-        {
-            "model_type": None,
-            "vocab_size": everything.get_vocab_size(),
-            "block_size": everything.get_block_size(),
-            **{name: value for name, value in config.model.to_dict().items() if name != "dropout"},
-            **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
-        }
-    )
-    return GPT(model_config)
-
-
-def pretrain(config: CfgNode, folder: str | Path) -> tuple[GPT, float]:
-    """Train the model on the seven tasks mixed, or read it where that is done.
-
-    Args:
-        config: see ``get_default_config``.
-        folder: of the run.
-
-    Returns:
-        The model in evaluation mode, and how many seconds its training took.
-    """
-    folder = Path(folder)
-    path = folder / "model.safetensors"
-    data = dataset(config, "train", PRETRAINING_TASKS)
-    if distributed.once(path.exists):
-        model, description = store.load_model(path, _device(config.trainer))
-        seconds = description["metrics"]["seconds"]
-        logger.info("the model is in %s, pretrained in %.0f s", path, seconds)
-        return model, seconds
-    set_seed(config.seed)
-    model = build_model(config)
-    trainer = Trainer(_trainer_config(config.trainer, folder / "pretraining"), model, data)
-    logger.info(
-        "pretraining %.2fM parameters on %d tasks: %d iterations of %d rows on %s in %s",
-        model.n_parameters / 1e6,
-        len(data.tasks),
-        config.trainer.max_iters,
-        config.trainer.batch_size,
-        trainer.device,
-        trainer.precision,
-    )
-    trainer.run()
-    store.save_model(
-        path,
-        model.eval(),
-        data=data.describe(),
-        recipe=_recipe(config.trainer),
-        metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds},
-    )
-    if config.trainer.parallel == "fsdp":  # it is split; what comes next needs a whole one
-        model, _ = store.load_model(path, _device(config.trainer))
-    return model, trainer.seconds
-
-
-def train_prefixes(
-    config: CfgNode, model: GPT, tasks: Sequence[Task], folder: str | Path, file: str = "prefixes"
-) -> tuple[dict[str, Tensor], float]:
-    """Learn a prefix for each task, all at once, or read them where that is done.
-
-    Args:
-        config: see ``get_default_config``.
-        model: stays as it is.
-        tasks: any, also ones it was not pretrained on.
-        folder: of the run.
-        file: the name, in it, of the stage's folder and of the file of prefixes.
-
-    Returns:
-        The prefixes by task name, (L, P, C) each, and how many seconds the training took.
-    """
-    folder = Path(folder)
-    path = folder / f"{file}.safetensors"
-    if distributed.once(path.exists):
-        prefixes, description = store.load_prefixes(path, model)
-        seconds = description["metrics"]["seconds"]
-        logger.info("%d prefixes are in %s, trained in %.0f s", len(prefixes), path, seconds)
-        return prefixes, seconds
-    set_seed(config.seed + 1)
-    start = initial_prefix(model, config.data.prefix_size).detach()
-    values = start.repeat(len(tasks), 1, 1, 1).requires_grad_()
-    data = [dataset(config, "train", [task]) for task in tasks]
-    trainer = PrefixTrainer(_trainer_config(config.prefix, folder / file), model, data, values)
-    logger.info(
-        "learning %d prefixes at once: %d iterations of %d rows each",
-        len(tasks),
-        config.prefix.max_iters,
-        config.prefix.batch_size,
-    )
-    trainer.run()
-    prefixes = {str(task): value for task, value in zip(tasks, values.detach().clone(), strict=True)}
-    store.save_prefixes(
-        path,
-        prefixes,
-        model,
-        data=[each.describe() for each in data],
-        recipe=_recipe(config.prefix),
-        metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds},
-    )
-    return prefixes, trainer.seconds
+# ----------------------------------------------------------------------------------------------------- the outcome
 
 
 def evaluate_run(
@@ -457,28 +343,3 @@ def format_table(results: Mapping[str, Any]) -> str:
         + f", {sum(seconds.values()):.0f} s in all"
     )
     return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------------- bookkeeping
-
-
-def claim(config: CfgNode, folder: Path) -> None:
-    """Write the configuration into the folder, or check that it is the one that is there."""
-    distributed.once(lambda: checkpoint.claim(folder / "config.json", config.to_dict(), WATCHING))
-
-
-def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:
-    config = config.copy()
-    config.checkpoint_path = folder / "state.safetensors"
-    config.metrics_path = folder / "metrics.jsonl"
-    return config
-
-
-def _recipe(config: CfgNode) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in WATCHING}
-
-
-def _device(config: CfgNode) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

@@ -6,6 +6,7 @@ Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W bea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from mingpt.logits_processors import (
     as_processors,
     describe_row,
 )
-from mingpt.past import LayerCache, Past
+from mingpt.past import LayerCache, Past, n_positions
 from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Decoding:
             raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
         config = model.config
         self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
-        n_prefix = 0 if self.prefix is None else self.prefix.n_positions
+        n_prefix = 0 if self.prefix is None else self.prefix.n_places
         if n_prompt <= n_prefix:
             raise ValueError(
                 f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue"
@@ -219,11 +220,11 @@ class Decoding:
         model, window = self.model, self.tokens[:, -self.model.block_size :]
         if self._past is None or self.tokens.shape[1] > model.block_size:
             shared, n_shared = self._shared(window)
-            logits, past = model.extend(window[:, n_shared:], shared, n_last=1)
-            room = min(self.n_prompt + self.n_new, model.block_size)
+            logits, past = model.extend(window[:, n_shared:], shared, n_last=1, start=n_shared)
+            room = min(self.n_prompt + self.n_new, model.block_size) + n_positions(shared) - n_shared
             self._past = [LayerCache(layer, len(window), room) for layer in past]
         else:
-            logits, self._past = model.extend(window[:, self._n_read :], self._past, n_last=1)
+            logits, self._past = model.extend(window[:, self._n_read :], self._past, n_last=1, start=self._n_read)
         self._n_read = window.shape[1]
         return logits[:, -1].float()
 
@@ -295,8 +296,8 @@ class Decoding:
             return self.model.extend(window[:1, :n_shared])[1] if n_shared else None, n_shared
         prefix = self.prefix
         if prefix.n_prefixes > 1:
-            prefix = Prefix(prefix.kind, prefix.values, prefix.owners(self._n_rows)[self.origin])
-        return self.model.past_of_prefix(prefix), prefix.n_positions
+            prefix = replace(prefix, rows=prefix.owners(self._n_rows)[self.origin])
+        return self.model.past_of_prefix(prefix), prefix.n_places
 
     def _context(self) -> Context:
         return Context(self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator)

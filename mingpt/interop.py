@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mingpt.lora import LoRA
 from mingpt.model import GPT, TRANSPOSED
-from mingpt.prefix import Prefix, as_prefix
+from mingpt.prefix import Prefix, as_key_value
 
 from_huggingface = GPT.from_huggingface
 
@@ -49,15 +49,6 @@ def to_huggingface(model: GPT) -> Any:
     return other.to(model.device).train(model.training)
 
 
-@torch.no_grad()
-def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
-    """One prefix of any kind as the keys and values it comes to in this model, (L, 2, P, C)."""
-    prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
-    # (1, H, 1, P, D) each to (P, C)
-    pieces = [[each[0, :, 0].transpose(0, 1).flatten(1) for each in layer[0]] for layer in model.past_of_prefix(prefix)]
-    return torch.stack([torch.stack(layer) for layer in pieces])
-
-
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warnings that PEFT and transformers have for each other."""
@@ -76,6 +67,9 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
         model: that the adapter was learned for.
         adapter: one prefix of any kind, see ``mingpt.prefix.as_prefix``, or a LoRA.
         folder: new, or one to overwrite.
+
+    Raises:
+        ValueError: for a prefix that stands for more or fewer tokens than it has positions, which PEFT does not know.
     """
     import peft
 
@@ -94,6 +88,11 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
             modules[name].lora_A["default"].weight.data.copy_(a.data)
             modules[name].lora_B["default"].weight.data.copy_(b.data)
     else:
+        if isinstance(adapter, Prefix) and adapter.n_places != adapter.n_positions:
+            raise ValueError(
+                f"the prefix has {adapter.n_positions} positions in {adapter.n_places} places; PEFT places the content "
+                "after all positions, so it cannot be exported"
+            )
         values = as_key_value(model, adapter)
         n_layer, _, n_positions, n_embd = values.shape
         config = peft.PrefixTuningConfig(
@@ -142,7 +141,7 @@ def _import_lora(config: Any, weights: dict[str, Tensor], model: GPT, folder: st
     known = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not set(names) <= known:
         raise ValueError(f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha")
-    lora = LoRA(model, config.r, "|".join(f"^{name}$" for name in names).replace(".", r"\."), config.lora_alpha)
+    lora = LoRA(model, config.r, names, config.lora_alpha)
     with torch.no_grad():
         for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
             a.copy_(weights[f"{prefix}{name}.lora_A.weight"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class LoRA(nn.Module):
         self,
         model: nn.Module,
         rank: int = 1,
-        targets: str = r"mlp\.c_",
+        targets: str | Sequence[str] = r"mlp\.c_",
         alpha: float | None = None,
         generator: torch.Generator | None = None,
     ):
@@ -39,6 +40,7 @@ class LoRA(nn.Module):
             model: whose linear layers are meant.
             rank: R, at least 1.
             targets: a regular expression; layers in whose name it is found: "mlp" or "attn", one layer, or any of them.
+                Or the names of layers.
             alpha: the scale's numerator, R by default.
             generator: the source of random numbers.
 
@@ -46,10 +48,11 @@ class LoRA(nn.Module):
             ValueError: if no layer's name matches, or the rank is not positive.
         """
         super().__init__()
+        pattern = targets if isinstance(targets, str) else "|".join(f"^{re.escape(name)}$" for name in targets)
         layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and re.search(targets, name)
+            if isinstance(module, nn.Linear) and re.search(pattern, name)
         }
         if not layers:
             names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -285,7 +285,7 @@ class GPT(nn.Module):
         if n_tokens > self.block_size:
             raise ValueError(f"{n_tokens} tokens do not fit into block_size = {self.block_size}")
         prefix = None if prefixes is None else as_prefix(prefixes, self.config.n_layer, self.config.n_embd, batch)
-        n_past = n_shared if prefix is None else prefix.n_positions
+        n_past = n_shared if prefix is None else prefix.n_places
         if n_past >= n_tokens:
             raise ValueError(f"{n_past} prefix positions leave no content in {n_tokens} tokens")
         record: Record | None = None if activations_record is None else []
@@ -297,7 +297,7 @@ class GPT(nn.Module):
             before, past = self.extend(idx[:1, :n_past])
         else:
             before, past, n_past = None, None, 0
-        logits, _ = self.extend(idx[:, n_past:], past, record=record, n_last=n_scored)
+        logits, _ = self.extend(idx[:, n_past:], past, record=record, n_last=n_scored, start=n_past)
         if n_scored is not None:
             n_unscored, targets = 0, None if targets is None else targets[:, -n_scored:]
         elif before is not None:
@@ -327,6 +327,7 @@ class GPT(nn.Module):
         embeddings: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
+        start: int | None = None,
     ) -> tuple[Tensor, Past]:
         """Read tokens after a past: the one way through the network.
 
@@ -335,17 +336,19 @@ class GPT(nn.Module):
             past: the keys and values of the S positions before it.
             record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C).
             n_last: how many last tokens to give logits of, all by default; the last layer does not look for the others.
+            start: the first token's position, S by default.
 
         Returns:
             The logits of the content (B, T, V), or (B, n_last, V), and the past of what may follow it.
         """
-        start = n_positions(past)
+        n_past = n_positions(past)
+        start = n_past if start is None else start
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
         x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = causal_mask(n_tokens, start, x.device) if n_tokens > 1 else None
+        mask = causal_mask(n_tokens, n_past, x.device) if n_tokens > 1 else None
         new_past = []
         for layer, block in enumerate(self.blocks):
             is_last = layer == self.config.n_layer - 1

@@ -8,12 +8,12 @@ keys and values a layer, its ``past``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mingpt.past import Past
 
@@ -30,11 +30,14 @@ class Prefix:
             "prompt", embeddings at the input only (Lester et al. 2021).
         values: K prefixes, (K, L, P, C), (K, L, 2, P, C) or (K, P, C) of a floating dtype.
         rows: (B,) of int64, the prefix of each row; None when each prefix has B / K consecutive rows.
+        places: how many first tokens of the input it stands for, P by default. The content's positions begin after
+            them, so a concatenation that stands where one prefix stood leaves the content at the positions it knows.
     """
 
     kind: str
     values: Tensor
     rows: Tensor | None = None
+    places: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _SHAPES:
@@ -50,6 +53,11 @@ class Prefix:
     def n_positions(self) -> int:
         """P, how many positions the prefix takes."""
         return self.values.shape[-2]
+
+    @property
+    def n_places(self) -> int:
+        """How many first tokens of the input the prefix stands for."""
+        return self.n_positions if self.places is None else self.places
 
     @property
     def n_prefixes(self) -> int:
@@ -150,35 +158,165 @@ def key_value_past(values: Tensor, n_head: int) -> Past:
 
 
 @torch.no_grad()
+def as_key_value(model: Any, prefix: Tensor | Prefix) -> Tensor:
+    """One prefix of any kind as the keys and values it comes to in this model, (L, 2, P, C)."""
+    prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
+    # (1, H, 1, P, D) each to (P, C)
+    pieces = [[each[0, :, 0].transpose(0, 1).flatten(1) for each in layer[0]] for layer in model.past_of_prefix(prefix)]
+    return torch.stack([torch.stack(layer) for layer in pieces])
+
+
+# ------------------------------------------------------------------------------------------- where training starts
+
+
+@torch.no_grad()
 def initial_prefix(
-    model: Any, n_positions: int, how: str = "padding", generator: torch.Generator | None = None
+    model: Any,
+    n_positions: int,
+    how: str | Sequence[int] = "padding",
+    generator: torch.Generator | None = None,
+    kind: str = "activation",
 ) -> Tensor:
-    """An activation prefix to start training from.
+    """A prefix to start training from. Another prefix, or the ``average`` of some, is one as well: clone it.
 
     Args:
         model: the GPT that it is for.
         n_positions: P.
-        how: "padding" takes what each block sees at P padding tokens, so that training starts from the model as it is
-            without a prefix; "random" is the standard normal distribution, as the seed notebook has it.
+        how: P tokens, for what the model sees at them: activations, keys and values, or embeddings, as the kind has it
+            (Li & Liang 2021, section 7.4, start from the activations of real words); "padding" is P zeros, so that
+            training starts from the model as it is without a prefix; "random" is the standard normal distribution, as
+            the seed notebook has it.
         generator: the source of random numbers.
+        kind: of prefix, see ``Prefix``.
 
     Returns:
-        (L, P, C) of float32 on the model's device, a leaf that requires gradients.
+        (L, P, C), (L, 2, P, C) or (P, C) of float32 on the model's device, a leaf that requires gradients.
 
     Raises:
-        ValueError: for another ``how``.
+        ValueError: for another ``how`` or kind, or tokens that are not P or not in the vocabulary.
     """
     config = model.config
-    if how == "random":
-        shape = (config.n_layer, n_positions, config.n_embd)
+    if kind not in _SHAPES:
+        raise ValueError(f"unknown prefix kind {kind!r}; the kinds are {', '.join(_SHAPES)}")
+    if isinstance(how, str) and how == "random":
+        sizes = {"L": config.n_layer, "2": 2, "P": n_positions, "C": config.n_embd}
+        shape = [sizes[name] for name in _SHAPES[kind].strip("()").split(", ")]
         return torch.randn(shape, generator=generator).to(model.device).requires_grad_()
-    if how != "padding":
-        raise ValueError(f"unknown initialisation {how!r}; choose padding or random")
+    if isinstance(how, str) and how != "padding":
+        raise ValueError(f"unknown initialisation {how!r}; choose padding or random, or give {n_positions} tokens")
+    tokens = [0] * n_positions if isinstance(how, str) else list(how)
+    if len(tokens) != n_positions or not all(0 <= token < config.vocab_size for token in tokens):
+        raise ValueError(f"a start needs {n_positions} tokens from 0 to {config.vocab_size - 1}, got {tokens}")
+    read = torch.tensor([tokens], device=model.device)
+    if kind == "prompt":
+        return model.transformer.wte(read)[0].requires_grad_()
     seen: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
     try:
-        model.extend(torch.zeros(1, n_positions, dtype=torch.int64, device=model.device))
+        model.extend(read)
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(seen).requires_grad_()
+    activations = torch.stack(seen)
+    return (as_key_value(model, activations) if kind == "key_value" else activations).requires_grad_()
+
+
+class Reparametrization(nn.Module):
+    """Key_value prefixes as a small network makes them while they are trained: ``start + W2 tanh(W1 e + b1) + b2``.
+
+    Each of K prefixes has a network and embeddings ``e`` of its own. Once trained, the prefixes are what it gives, and
+    the network is left behind. W2 and b2 begin at zero, so that training begins where ``start`` is.
+
+    Source: Li & Liang 2021, section 4.3, who have no ``start``; the network is PEFT's ``prefix_projection``.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, n_hidden: int | None = None, generator: torch.Generator | None = None):
+        """Make the networks.
+
+        Args:
+            start: K key_value prefixes, (K, L, 2, P, C).
+            n_hidden: the width of the hidden layer, C by default.
+            generator: the source of random numbers.
+
+        Raises:
+            ValueError: if ``start`` has another number of axes.
+        """
+        super().__init__()
+        n_prefixes, n_layer, _, n_positions, n_embd = Prefix("key_value", start).values.shape
+        n_hidden = n_hidden or n_embd
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator).to(start.device) / shape[-2] ** 0.5)
+
+        self.register_buffer("start", start.detach().clone())
+        self.embedding = normal(n_prefixes, n_positions, n_embd)
+        self.w1, self.b1 = normal(n_prefixes, n_embd, n_hidden), nn.Parameter(start.new_zeros(n_prefixes, 1, n_hidden))
+        self.w2 = nn.Parameter(start.new_zeros(n_prefixes, n_hidden, n_layer * 2 * n_embd))
+        self.b2 = nn.Parameter(start.new_zeros(n_prefixes, 1, n_layer * 2 * n_embd))
+
+    def forward(self) -> Tensor:
+        """The prefixes, (K, L, 2, P, C)."""
+        update = (self.embedding @ self.w1 + self.b1).tanh() @ self.w2 + self.b2  # (K, P, L * 2 * C)
+        n_prefixes, n_layer, _, n_positions, n_embd = self.start.shape
+        return self.start + update.view(n_prefixes, n_positions, n_layer, 2, n_embd).permute(0, 2, 3, 1, 4)
+
+
+# --------------------------------------------------------------------------------------------- algebra of prefixes
+
+
+def concatenate(prefixes: Sequence[Tensor | Prefix], places: int | None = None) -> Prefix:
+    """Put prefixes one after the other: content attends to the positions of all of them.
+
+    Args:
+        prefixes: of one kind, single ones as tensors (L, P, C), (L, 2, P, C) or (P, C), or as K prefixes each.
+        places: how many first tokens of the input the result stands for, all positions by default. With the places of
+            one of them the content stays at the positions it was trained at.
+
+    Raises:
+        ValueError: if there are none, or they differ in kind or in a size other than P.
+    """
+    parts = _of_one_kind(prefixes)
+    shapes = {part.values.shape[:-2] + part.values.shape[-1:] for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"prefixes can differ in their positions only, got {[tuple(p.values.shape) for p in parts]}")
+    return Prefix(parts[0].kind, torch.cat([part.values for part in parts], dim=-2), places=places)
+
+
+def interpolate(first: Tensor | Prefix, second: Tensor | Prefix, weight: float) -> Prefix:
+    """The prefix on the line from the first, at ``weight`` 0, to the second, at 1; beyond them outside of that range.
+
+    Raises:
+        ValueError: if they differ in kind or shape.
+    """
+    one, other = _of_one_shape([first, second])
+    return Prefix(one.kind, torch.lerp(one.values, other.values, weight))
+
+
+def average(prefixes: Sequence[Tensor | Prefix]) -> Prefix:
+    """The mean of prefixes, number by number.
+
+    Raises:
+        ValueError: if there are none, or they differ in kind or shape.
+    """
+    parts = _of_one_shape(prefixes)
+    return Prefix(parts[0].kind, torch.stack([part.values for part in parts]).mean(dim=0))
+
+
+def _of_one_kind(prefixes: Sequence[Tensor | Prefix]) -> list[Prefix]:
+    kinds = {2: "prompt", 3: "activation", 4: "key_value"}
+    parts = [
+        each if isinstance(each, Prefix) else Prefix(kinds.get(each.ndim, f"of {each.ndim} axes"), each[None])
+        for each in prefixes
+    ]
+    if len({part.kind for part in parts}) != 1:
+        raise ValueError(f"at least one prefix, all of one kind, are needed; got {[part.kind for part in parts]}")
+    return parts
+
+
+def _of_one_shape(prefixes: Sequence[Tensor | Prefix]) -> list[Prefix]:
+    parts = _of_one_kind(prefixes)
+    if len({part.values.shape for part in parts}) > 1:
+        raise ValueError(f"the prefixes must have one shape, got {[tuple(part.values.shape) for part in parts]}")
+    return parts

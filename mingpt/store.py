@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mingpt import checkpoint
 from mingpt.checkpoint import CheckpointError, require_equal
+from mingpt.lora import LoRA
 from mingpt.model import GPT
 
 
@@ -50,11 +51,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
 
 
 def save_prefixes(path: str | Path, prefixes: Mapping[str, Tensor], model: GPT, **description: Any) -> None:
-    """Write activation prefixes by name, for one model.
+    """Write prefixes by name, for one model.
 
     Args:
         path: the file.
-        prefixes: (L, P, C) each, by the name of its task.
+        prefixes: (L, P, C), (L, 2, P, C) or (P, C) each, by the name of its task.
         model: the model that they are for; its fingerprint is written, so that they are not used with another.
         description: JSON values to keep with them.
     """
@@ -73,11 +74,35 @@ def load_prefixes(path: str | Path, model: GPT) -> tuple[dict[str, Tensor], dict
     tensors, description = checkpoint.load_checkpoint(path)
     require_equal(path, "kind", description.get("kind"), "prefixes")
     for name, tensor in tensors.items():
-        n_layer, _, n_embd = tensor.shape
-        require_equal(path, f"{name}.n_layer", n_layer, model.config.n_layer)
-        require_equal(path, f"{name}.n_embd", n_embd, model.config.n_embd)
+        if tensor.ndim > 2:  # a prompt has no layers
+            require_equal(path, f"{name}.n_layer", tensor.shape[0], model.config.n_layer)
+        require_equal(path, f"{name}.n_embd", tensor.shape[-1], model.config.n_embd)
     require_equal(path, "model", description["model"], fingerprint(model))
     return {name: tensors[name].to(model.device) for name in description["tasks"]}, description
+
+
+def save_lora(path: str | Path, lora: LoRA, model: GPT, **description: Any) -> None:
+    """Write a LoRA for one model, whose fingerprint is written too; ``description`` is kept with it."""
+    layers = {"layers": list(lora.names), "scale": lora.scale}
+    checkpoint.save_checkpoint(
+        path, lora.state_dict(), {"kind": "lora", "model": fingerprint(model), **layers, **description}
+    )
+
+
+def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
+    """Read a LoRA, attached to the model, and its description.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged, holds no LoRA, or it is for another model.
+    """
+    tensors, description = checkpoint.load_checkpoint(path)
+    require_equal(path, "kind", description.get("kind"), "lora")
+    require_equal(path, "model", description["model"], fingerprint(model))
+    rank = len(tensors["a.0"])
+    lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)
+    lora.load_state_dict(tensors)
+    return lora, description
 
 
 def fingerprint(model: GPT) -> str:

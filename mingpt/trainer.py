@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.optim import build_optimizer, learning_rate_factor
 from mingpt.precision import autocast, resolve_precision
-from mingpt.prefix import Prefix, as_prefix
+from mingpt.prefix import Prefix, Reparametrization, as_prefix
 from mingpt.sharding import fully_shard, split_like
 from mingpt.utils import CfgNode
 from mingpt.watch import WATCHING, watch
@@ -397,7 +398,7 @@ class PrefixTrainer(AdapterTrainer):
         config: CfgNode,
         model: GPT,
         train_dataset: CustomDataset | Sequence[CustomDataset],
-        prefixes: Tensor | Prefix,
+        prefixes: Tensor | Prefix | Reparametrization,
     ):
         """Get ready to train ``prefixes`` in place.
 
@@ -406,7 +407,7 @@ class PrefixTrainer(AdapterTrainer):
             model: a GPT.
             train_dataset: one dataset for one prefix, or a list of K.
             prefixes: a leaf tensor (L, P, C), or (K, L, P, C) for a list of K datasets; or a Prefix of any kind, whose
-                ``values`` hold K prefixes.
+                ``values`` hold K prefixes; or the Reparametrization that K prefixes are trained through.
 
         Raises:
             ValueError: if the prefix does not fit the model, or a dataset leaves no place for it.
@@ -423,41 +424,45 @@ class PrefixTrainer(AdapterTrainer):
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
             prefix = prefixes
+        elif isinstance(prefixes, Reparametrization):
+            prefix = Prefix("key_value", prefixes.start)
         elif is_joint:
             prefix = Prefix("activation", prefixes)
         else:
             prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
         prefix.check(n_layer, n_embd, prefix.n_prefixes)
         self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
+        self._trained = (
+            {"prefixes": self.prefixes} if isinstance(self.prefixes, Tensor) else dict(self.prefixes.named_parameters())
+        )
         if prefix.n_prefixes != len(datasets):
             raise ValueError(f"{prefix.n_prefixes} prefixes for {len(datasets)} datasets; give one prefix a dataset")
-        if not self.prefixes.is_leaf or not self.prefixes.is_floating_point():
-            raise ValueError("the prefix must be a leaf tensor of a floating dtype, it is trained in place")
-        if self.prefixes.device.type != torch.device(self.device).type:
-            raise ValueError(
-                f"the prefix is on {self.prefixes.device}, training is on {self.device}; move it there first"
-            )
+        for tensor in self._trained.values():
+            if not tensor.is_leaf or not tensor.is_floating_point():
+                raise ValueError("the prefix must be a leaf tensor of a floating dtype, it is trained in place")
+            if tensor.device.type != torch.device(self.device).type:
+                raise ValueError(f"the prefix is on {tensor.device}, training is on {self.device}; move it there first")
+            tensor.requires_grad_()
         for dataset in datasets:
-            if getattr(dataset, "prefix_padding", prefix.n_positions) < prefix.n_positions:
+            if getattr(dataset, "prefix_padding", prefix.n_places) < prefix.n_places:
                 raise ValueError(
-                    f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_positions} prefix positions"
+                    f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_places} prefix positions"
                 )
         if len({(getattr(d, "length", None), getattr(d, "prefix_padding", None)) for d in datasets}) > 1:
             raise ValueError("prefixes that are trained together need datasets of one length and one prefix_padding")
-        self.prefixes.requires_grad_()
         if config.converged_loss and (config.num_workers or not is_joint):
             raise ValueError(
                 "converged_loss needs a list of datasets and num_workers = 0: which rows are next depends on the losses"
             )
-        self._kind, self._shape = prefix.kind, prefix.values.shape  # the shape has the axis of K in front
+        self._prefix = prefix  # its kind, places and shape, which has the axis of K in front
         self._n_scored = getattr(datasets[0], "length", None)
         self._n_prefixes = len(datasets)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"kind": self._kind}
+        return super().describe() | {"kind": self._prefix.kind}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        return {"prefixes": self.prefixes} | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
+        return self._trained | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
 
     def run(self) -> None:
         """Train the prefixes; the model's weights get no gradient and do not change."""
@@ -471,7 +476,9 @@ class PrefixTrainer(AdapterTrainer):
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes that are learning of each one's mean cross-entropy, in nats."""
-        prefix = Prefix(self._kind, self.prefixes.view(self._shape).index_select(0, self._learning))
+        values = self.prefixes if isinstance(self.prefixes, Tensor) else self.prefixes()
+        values = values.view(self._prefix.values.shape).index_select(0, self._learning)
+        prefix = replace(self._prefix, values=values)
         logits, loss = self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)
         if self.config.converged_loss:
             with torch.no_grad():
@@ -487,7 +494,8 @@ class PrefixTrainer(AdapterTrainer):
             converged = self._smoothed_loss < self.config.converged_loss
             self._smoothed_loss[converged] = 0
             # Without a gradient and without momentum, Adam leaves a prefix as it is.
-            self.optimizer.state[self.prefixes]["exp_avg"][converged] = 0
+            for tensor in self._trained.values():
+                self.optimizer.state[tensor]["exp_avg"][converged] = 0
             self._share_rows()
 
     def _resume(self, path: str | Path) -> None:
@@ -502,12 +510,13 @@ class PrefixTrainer(AdapterTrainer):
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
-        assert self.prefixes.grad is not None
         # The loss is the mean over the prefixes that learn; a lone prefix's is its own.
-        gradient = len(self._learning) * self.prefixes.grad.reshape(self._n_prefixes, -1)
-        norms = gradient.norm(dim=1, keepdim=True)
-        gradient *= (self.config.grad_norm_clip / (norms + 1e-6)).clamp(max=1.0)
-        self.prefixes.grad.copy_(gradient.view_as(self.prefixes))
+        gradients = [tensor.grad for tensor in self._learned() if tensor.grad is not None]
+        norms = torch.stack([each.reshape(self._n_prefixes, -1).norm(dim=1) for each in gradients]).norm(dim=0)
+        n_learning = len(self._learning)
+        scale = n_learning * (self.config.grad_norm_clip / (n_learning * norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient *= scale.view(-1, *[1] * (gradient.ndim - 1))
 
 
 def batch_end_callback(trainer: Trainer) -> None:

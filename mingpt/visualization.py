@@ -151,12 +151,13 @@ def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell:
 # ----------------------------------------------------------------------------------------------- accuracies
 
 
-def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "") -> Figure:
+def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "", rows: str = "prefix") -> Figure:
     """Draw the accuracy of every prefix on every task, in percent, with an outline where the names are the same.
 
     Args:
         matrix: the scores, prefixes by tasks.
         title: above the figure.
+        rows: what the matrix's rows are.
 
     Raises:
         ValueError: if the matrix is empty or its rows have not one score for each task.
@@ -174,10 +175,13 @@ def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "") -> Figure:
                 ax.add_patch(outline)
     ax.set_xticks(ax.get_xticks(), matrix.tasks, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_xlabel("task", fontsize=9)
-    ax.set_ylabel("prefix", fontsize=9)
+    ax.set_ylabel(rows, fontsize=9)
     counts = sorted({score.n_rows for row in matrix.scores for score in row})
     n_rows = " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
-    figure.supxlabel(f"{n_rows} rows a cell. Outlined: the prefix on the task it is named after.", fontsize=8)
+    outlined = (
+        " Outlined: the prefix on the task it is named after." if set(matrix.prefixes) & set(matrix.tasks) else ""
+    )
+    figure.supxlabel(f"{n_rows} rows a cell.{outlined}", fontsize=8)
     return figure
 
 
@@ -261,6 +265,88 @@ def prefix_effect_figure(
     ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def accuracy_curves(
+    panels: Mapping[str, Mapping[str, Mapping[int, Score]]], title: str = "", reference: tuple[str, float] | None = None
+) -> Figure:
+    """Draw how accuracy grows with something, with 95% intervals: a panel for each thing, a line for each name.
+
+    Args:
+        panels: by what is on the horizontal axis, such as "iterations": by name, scores by its value, on a logarithmic
+            scale.
+        title: above the figure.
+        reference: a label and an accuracy, 0 to 1, to draw as a line.
+
+    Raises:
+        ValueError: if there are no panels, or one has a line without scores.
+    """
+    import seaborn as sns
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    if not panels or not all(lines and all(lines.values()) for lines in panels.values()):
+        raise ValueError(f"panels must have lines with at least one score each, got {dict(panels)}")
+    figure = _new_figure(2.5 * len(panels) + 1.0, 3.2, title)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    for ax, (axis, lines) in zip(grid, panels.items(), strict=True):
+        for name, scores in lines.items():
+            percent = 100 * np.array([(score.accuracy, *score.interval) for score in scores.values()])
+            accuracy, low, high = percent.T
+            errors = np.maximum(0, [accuracy - low, high - accuracy])
+            style = {"color": colors[name], "linewidth": 1.3, "markersize": 3.5, "capsize": 2, "label": name}
+            ax.errorbar(list(scores), accuracy, errors, marker="o", **style)
+        if reference is not None:
+            ax.axhline(100 * reference[1], color="0.35", linestyle=(0, (1, 1.5)), linewidth=1.2, label=reference[0])
+        ticks = sorted({x for scores in lines.values() for x in scores})
+        ax.set(xscale="log", xlabel=axis, ylim=(-3, 103))
+        ax.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(color="0.92", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel("accuracy in percent")
+    labels = {label: handle for ax in grid for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def points_figure(points: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Draw sets of vectors as points in the plane in which they vary most, their first two principal components.
+
+    Args:
+        points: by name, (N, C) each; of the same C.
+        title: above the figure.
+
+    Raises:
+        ValueError: if there are no points, or their sizes differ.
+    """
+    import seaborn as sns
+
+    sizes = {name: tuple(each.shape) for name, each in points.items()}
+    if len({size[1:] for size in sizes.values()}) != 1 or any(len(size) != 2 for size in sizes.values()):
+        raise ValueError(f"points must be sets of vectors (N, C) of one size C, got {sizes}")
+    sets = {name: each.detach().double().cpu().numpy() for name, each in points.items()}
+    everything = np.concatenate(list(sets.values()))
+    center = everything.mean(axis=0)
+    _, spread, axes = np.linalg.svd(everything - center, full_matrices=False)
+    shares = spread[:2] ** 2 / (spread**2).sum()
+    figure = _new_figure(5.6, 4.0, title)
+    ax = figure.subplots()
+    for color, (name, each) in zip(sns.color_palette("colorblind", len(sets)), sets.items(), strict=True):
+        x, y = ((each - center) @ axes[:2].T).T
+        ax.scatter(x, y, s=7, color=color, alpha=0.6, linewidths=0, label=name)
+    ax.set_xlabel(f"first component, {_percent(shares[0])}% of the variance", fontsize=8)
+    ax.set_ylabel(f"second component, {_percent(shares[1])}%", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.spines[["top", "right"]].set_visible(False)
+    legend = figure.legend(loc="outside right center", frameon=False, fontsize=8, markerscale=2)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
     return figure
 
 

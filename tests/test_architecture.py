@@ -21,8 +21,8 @@ LAYERS = [
     {"generation", "batches", "constraints", "grammar", "checkpoint"},
     {"model", "predictor", "watch"},
     {"trainer", "evaluation", "visualization", "store"},
-    {"multistep", "analysis", "interop", "constructions"},
-    {"experiment"},
+    {"multistep", "analysis", "interop", "constructions", "stages"},
+    {"experiment", "comparison"},
     {"cli", "data_tools"},
     {"__main__"},
 ]

@@ -12,7 +12,8 @@ import torch
 from distributed_script import run_job
 
 from mingpt import distributed, sharding
-from mingpt.experiment import build_model, get_default_config
+from mingpt.experiment import get_default_config
+from mingpt.stages import build_model
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mingpt import experiment, store
+from mingpt import experiment, stages, store
 from mingpt.checkpoint import CheckpointError
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import AccuracyMatrix, Score, best_loss
@@ -144,10 +144,10 @@ def test_presets():
 
 def test_prefixes_of_another_model_are_refused(finished, tmp_path):
     folder, _ = finished
-    other = experiment.build_model(tiny_config())
+    other = stages.build_model(tiny_config())
     with pytest.raises(CheckpointError, match=r"prefixes\.safetensors: field 'model'"):
         store.load_prefixes(folder / "prefixes.safetensors", other)
-    wider = experiment.build_model(tiny_config(**{"model.n_embd": 16}))
+    wider = stages.build_model(tiny_config(**{"model.n_embd": 16}))
     with pytest.raises(CheckpointError, match=r"n_embd' is 8, expected 16"):
         store.load_prefixes(folder / "prefixes.safetensors", wider)
     with pytest.raises(CheckpointError, match="'kind' is 'prefixes', expected 'model'"):
@@ -158,7 +158,7 @@ def test_prefixes_of_another_model_are_refused(finished, tmp_path):
 
 def test_a_model_comes_back_as_it_was(tmp_path):
     config = tiny_config(**{"model.skip_layer_norm": True})
-    model = experiment.build_model(config).eval()
+    model = stages.build_model(config).eval()
     store.save_model(tmp_path / "m.safetensors", model, note="kept")
     back, description = store.load_model(tmp_path / "m.safetensors")
     assert description["note"] == "kept"

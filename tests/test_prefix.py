@@ -3,14 +3,28 @@
 Legend: B batch, T tokens, P prefix positions, C channels, H heads, L layers, V vocabulary, K prefixes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import random_model, reference_forward, reference_loss
+from reference import random_model, reference_forward, reference_generate, reference_loss
 
+from mingpt.generation import beam_search
 from mingpt.precision import autocast
-from mingpt.prefix import Prefix, activation_past, as_prefix, initial_prefix, key_value_past
+from mingpt.prefix import (
+    Prefix,
+    Reparametrization,
+    activation_past,
+    as_prefix,
+    average,
+    concatenate,
+    initial_prefix,
+    interpolate,
+    key_value_past,
+)
 
 B, T, L, H, P, C, V = 3, 13, 2, 4, 5, 24, 11  # random_model's sizes
 N = T - P  # content tokens
@@ -379,10 +393,22 @@ def test_an_initial_prefix_of_the_padding_changes_nothing():
     assert torch.equal(prefix[0], transformer.wte.weight[0] + transformer.wpe.weight[:P])
 
 
-def test_a_random_initial_prefix_is_standard_normal():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_of_tokens_is_what_content_sees_after_them(kind):
+    model, idx = random_model(), random_tokens()
+    idx[:, :P] = tokens = torch.tensor([7, 2, 2, 0, 10])
+    prefix = initial_prefix(model, P, tokens.tolist(), kind=kind)
+    assert prefix.shape == SHAPES[kind]
+    assert_close(model(idx, prefixes=prefix)[0][:, P:], model(idx)[0][:, P:])
+    idx[:, :P] = 0
+    assert_close(model(idx, prefixes=initial_prefix(model, P, kind=kind))[0][:, P:], model(idx)[0][:, P:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_initial_prefix_is_standard_normal(kind):
     model = random_model()
     prefix, again, other = (
-        initial_prefix(model, 50, how="random", generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        initial_prefix(model, 200, "random", torch.Generator().manual_seed(seed), kind) for seed in (0, 0, 1)
     )
     assert prefix.mean().item() == pytest.approx(0, abs=0.1)
     assert prefix.std().item() == pytest.approx(1, rel=0.05)
@@ -390,18 +416,106 @@ def test_a_random_initial_prefix_is_standard_normal():
     assert not torch.equal(prefix, other)
 
 
-@pytest.mark.parametrize("how", ["padding", "random"])
-def test_an_initial_prefix_is_ready_to_be_trained(how):
-    prefix = initial_prefix(random_model(), P, how)
-    assert prefix.shape == (L, P, C)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["padding", "random", range(P)])
+def test_an_initial_prefix_is_ready_to_be_trained(how, kind):
+    prefix = initial_prefix(random_model(), P, how, kind=kind)
+    assert prefix.shape == SHAPES[kind]
     assert prefix.dtype == torch.float32
     assert prefix.is_leaf
     assert prefix.requires_grad
 
 
-def test_an_unknown_initialisation_is_refused():
-    with pytest.raises(ValueError, match=r"'zeros'.*padding or random"):
-        initial_prefix(random_model(), P, "zeros")
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("zeros", "activation", r"'zeros'.*padding or random"),
+        ("padding", "keys", r"'keys'.*activation, key_value, prompt"),
+        (range(P + 1), "activation", f"needs {P} tokens"),
+        ([0, 0, 0, 0, V], "prompt", f"from 0 to {V - 1}"),
+    ],
+)
+def test_an_unknown_initialisation_is_refused(how, kind, message):
+    with pytest.raises(ValueError, match=message):
+        initial_prefix(random_model(), P, how, kind=kind)
+
+
+def test_a_reparametrization_begins_at_its_start_and_trains_all_its_numbers():
+    start = random_values("key_value", K)
+    made = Reparametrization(start, n_hidden=7)
+    assert torch.equal(made(), start)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    for k in range(K):  # Li & Liang's network, for each position of one prefix
+        for position in range(P):
+            hidden = torch.tanh(made.embedding[k, position] @ made.w1[k] + made.b1[k, 0])
+            expected = (hidden @ made.w2[k] + made.b2[k, 0]).view(L, 2, C) + start[k, :, :, position]
+            assert_close(made()[k, :, :, position], expected)
+    (made()[1] ** 2).sum().backward()
+    for parameter in made.parameters():  # each prefix has a network of its own
+        assert [bool(row.abs().sum() > 0) for row in parameter.grad] == [False, True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------------ algebra
+
+
+@pytest.mark.parametrize("kind", ["activation", "key_value"])
+def test_a_concatenation_in_the_place_of_one_is_attended_to_whole(kind):
+    """It is the naive splice in a model whose positions are moved up: the content stays where it was."""
+    model, values = random_model(), random_values(kind, 2)
+    longer = random_model(block_size=13 + P)
+    weights, name = model.state_dict(), "transformer.wpe.weight"
+    longer.load_state_dict(weights | {name: torch.cat([weights[name][:P], weights[name]])})
+    idx = random_tokens()
+    both = concatenate(list(values), places=P)
+    assert (both.n_positions, both.n_places) == (2 * P, P)
+    expected = reference_forward(longer, F.pad(idx, (P, 0)), torch.cat(list(values), dim=-2), kind)
+    assert_close(model(idx, prefixes=both)[0][:, P:], expected[:, 2 * P :])
+    turned = concatenate([values[1], Prefix(kind, values[:1])], places=P)  # their order is nothing that attention sees
+    assert_close(model(idx, prefixes=turned)[0][:, P:], expected[:, 2 * P :])
+    prompt = idx[:, : P + 4]
+    expected = reference_generate(longer, F.pad(prompt, (P, 0)), 4, torch.cat(list(values), dim=-2), kind)
+    assert torch.equal(model.generate(prompt, 4, prefixes=both), expected[:, P:])
+    assert not torch.equal(model.generate(prompt, 4, prefixes=values[0]), expected[:, P:])
+    beams, _ = beam_search(longer, F.pad(prompt, (P, 0)), 4, n_beams=3, prefixes=concatenate(list(values)))
+    assert torch.equal(beam_search(model, prompt, 4, n_beams=3, prefixes=both)[0], beams[:, :, P:])
+
+
+def test_rows_keep_the_places_of_their_concatenations():
+    model, values, idx = random_model(), random_values("activation", 2), random_tokens()
+    parts = [Prefix("activation", values), Prefix("activation", values.flip(0)[:, :, :2])]
+    both = concatenate(parts, places=P)
+    rows = torch.tensor([1, 0, 1])
+    found = model(idx, prefixes=replace(both, rows=rows))[0]
+    for row, k in enumerate(rows.tolist()):
+        one = concatenate([values[k], values[1 - k, :, :2]], places=P)
+        assert_close(found[row], model(idx[row : row + 1], prefixes=one)[0][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpolation_and_average(kind):
+    first, second = random_values(kind, 2)
+    assert torch.equal(interpolate(first, second, 0.0).values[0], first)
+    assert torch.equal(interpolate(first, second, 1.0).values[0], second)
+    assert_close(interpolate(first, second, 0.25).values[0], 0.75 * first + 0.25 * second)
+    assert_close(average([first, second]).values, interpolate(first, second, 0.5).values)
+    assert average([first, second]).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: average([]), "at least one prefix"),
+        (lambda: concatenate([random_values("activation"), random_values("prompt")]), "of one kind"),
+        (lambda: concatenate([random_values("activation"), random_values("activation")[:1]]), "positions only"),
+        (lambda: interpolate(random_values("prompt"), random_values("prompt")[:2], 0.5), "one shape"),
+        (lambda: average([torch.zeros(3)]), "of 1 axes"),
+    ],
+)
+def test_prefixes_that_do_not_go_together_are_refused(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
 
 
 # ------------------------------------------------------------------------------------------------------- bfloat16

@@ -20,7 +20,7 @@ from mingpt.checkpoint import CheckpointError
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
-from mingpt.prefix import Prefix
+from mingpt.prefix import Prefix, Reparametrization
 from mingpt.trainer import PrefixTrainer, Trainer, batch_end_callback
 from mingpt.utils import CfgNode, set_seed
 
@@ -790,6 +790,35 @@ def test_prefixes_trained_together_are_those_trained_alone(kind):
         assert difference.max() < 1e-5
         assert (values[k] - own_values[0]).norm() < 2e-6 * (own_values[0] - initial[k]).norm()
     assert 0 < sum(n_clipped) < 60
+
+
+def test_reparametrized_prefixes_trained_together_are_those_trained_alone():
+    """Their networks and embeddings are apart, and a prefix's gradient is clipped over all of its own tensors."""
+    start = torch.randn(SHAPES["key_value"], generator=torch.Generator().manual_seed(1))
+    clip, datasets = 0.05, [new_dataset(task) for task in THREE_TASKS]
+
+    def train(made, its_datasets):
+        norms = []
+        config = new_config(max_iters=8, learning_rate=0.01, grad_norm_clip=clip)
+        trainer = PrefixTrainer(config, new_model(gain=8.0), its_datasets, made)
+        gradients = lambda: torch.cat([p.grad.flatten(1) for p in made.parameters()], dim=1)  # noqa: E731
+        trainer.add_callback("on_batch_end", lambda _: norms.append(gradients().norm(dim=1)))
+        trainer.run()
+        return made().detach(), torch.stack(norms)
+
+    together = Reparametrization(start, n_hidden=5)
+    alone = [Reparametrization(start[k : k + 1], n_hidden=5) for k in range(3)]
+    with torch.no_grad():
+        for k, one in enumerate(alone):
+            for own, of_all in zip(one.parameters(), together.parameters(), strict=True):
+                own.copy_(of_all[k : k + 1])
+    values, norms = train(together, datasets)
+    torch.testing.assert_close(norms.max(dim=0).values, torch.full((3,), clip), rtol=1e-3, atol=0)
+    for k, one in enumerate(alone):
+        (expected,), _ = train(one, datasets[k : k + 1])
+        change = (expected - start[k]).norm()
+        assert change > 0.1
+        assert (values[k] - expected).norm() < 1e-4 * change
 
 
 def test_a_list_of_one_is_one():
