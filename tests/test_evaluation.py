@@ -31,6 +31,7 @@ from mingpt.evaluation import (
     eval,  # noqa: A004
     evaluate,
     label_batch,
+    score_table,
     solve,
 )
 from mingpt.logits_processors import SuppressedTokens
@@ -689,3 +690,12 @@ def test_the_pressure_of_two_constraints_is_what_is_not_left(half_trained):
     together = constraint_effect(model, dataset, [first, second], n_rows=20, precision="float32")
     union = constraint_effect(model, dataset, [SuppressedTokens([0, 1, 2, 3])], n_rows=20, precision="float32")
     assert together.pressure == pytest.approx(union.pressure, abs=1e-5)
+
+
+def test_a_score_table_has_the_published_value_beside_ours():
+    scores = {"Add1": Score(3198, 3200), "SortAscending": Score(0, 3200)}
+    lines = score_table(scores, {"Add1": 99.5}).splitlines()
+    assert lines[1].split() == ["Add1", "99.94%", "99.77", "-", "99.98", "99.50%"]
+    assert lines[2].split() == ["SortAscending", "0.00%", "0.00", "-", "0.12"]
+    assert lines[3] == "of 3,200 test rows"
+    assert lines[0].index("accuracy") + len("accuracy") == lines[1].index("%") + 1

@@ -119,3 +119,17 @@ def test_a_lora_is_learned_beside_the_model_and_read_back(run, tmp_path, forbid_
         stages.train_lora(
             tiny_config(), stages.build_model(tiny_config()), Add1(), tmp_path, rank=2, targets=r"attn\.c_attn"
         )
+
+
+def test_a_value_is_computed_once_and_for_its_settings_only(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {1: [0.5, None]}
+
+    for _ in range(2):
+        assert stages.remember(tmp_path / "v.json", {"values": (1, 2)}, compute) == {"1": [0.5, None]}
+    assert len(calls) == 1
+    with pytest.raises(CheckpointError, match=r"field 'values' is \[1, 2\], expected \[1, 3\]"):
+        stages.remember(tmp_path / "v.json", {"values": (1, 3)}, compute)

@@ -18,9 +18,11 @@ from matplotlib.text import Text
 from mingpt.evaluation import AccuracyMatrix, Score
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
 from mingpt.visualization import (
+    accuracy_curves,
     accuracy_matrix_figure,
     attention_visualization,
     learning_curves,
+    points_figure,
     position_accuracy_figure,
     prefix_effect_figure,
     read_metrics,
@@ -302,6 +304,59 @@ def test_groups_name_tasks_that_have_both_scores():
 
 
 # ------------------------------------------------------------------------------------------------- training
+
+
+def test_accuracy_curves_are_the_scores_with_their_intervals():
+    panels = {
+        "iterations": {"A": {10: score(320), 100: score(1600), 1000: score(3200)}},
+        "layers": {"A": {1: score(0), 2: score(800)}, "B": {1: score(32)}},
+    }
+    figure = accuracy_curves(panels, "title", reference=("published", 0.75))
+    assert [ax.get_xlabel() for ax in figure.axes] == list(panels)
+    assert labels(figure.axes[0].xaxis) == ["10", "100", "1000"]
+    for ax, lines in zip(figure.axes, panels.values(), strict=True):
+        assert len(ax.containers) == len(lines)
+        for bars, scores in zip(ax.containers, lines.values(), strict=True):
+            line, _, (errors,) = bars.lines
+            assert line.get_xdata().tolist() == list(scores)
+            assert line.get_ydata().tolist() == pytest.approx([100 * each.accuracy for each in scores.values()])
+            ends = [[100 * end for end in each.interval] for each in scores.values()]
+            found = [segment[:, 1].tolist() for segment in errors.get_segments()]
+            assert np.allclose(found, ends)
+        assert [75, 75] in [list(line.get_ydata()) for line in ax.lines]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "A", "B"]
+    assert_nothing_is_cut_off(figure)
+
+
+@pytest.mark.parametrize("panels", [{}, {"iterations": {}}, {"iterations": {"A": {}}}])
+def test_accuracy_curves_without_scores_are_refused(panels):
+    with pytest.raises(ValueError, match="at least one score"):
+        accuracy_curves(panels)
+
+
+def test_points_keep_their_distances_where_a_plane_holds_them():
+    """In ten dimensions, but all in one plane: what is drawn is congruent to what is given."""
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(10, 2, generator=generator)).Q.T
+    sets = {name: 3 + torch.randn(n, 2, generator=generator) @ plane for name, n in (("a", 7), ("b", 5))}
+    figure = points_figure(sets, "title")
+    drawn = np.concatenate([each.get_offsets() for each in figure.axes[0].collections])
+    given = torch.cat(list(sets.values())).numpy()
+    for one, other in itertools.combinations(range(12), 2):
+        distance = np.linalg.norm(given[one] - given[other])
+        assert np.linalg.norm(drawn[one] - drawn[other]) == pytest.approx(distance, rel=1e-4)
+    shares = [
+        float(label.split()[2].rstrip("%")) for label in (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())
+    ]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert_nothing_is_cut_off(figure)
+
+
+@pytest.mark.parametrize("points", [{}, {"a": torch.zeros(3)}, {"a": torch.zeros(3, 2), "b": torch.zeros(3, 4)}])
+def test_points_of_different_sizes_are_refused(points):
+    with pytest.raises(ValueError, match="of one size C"):
+        points_figure(points)
 
 
 def test_metrics_are_read_line_by_line(tmp_path):
