@@ -176,6 +176,7 @@ def compare(
     stages.claim(config, out)
     outcomes = comparison.compare(config, out, parsed, names, n_parameters)
     _say(comparison.format_table(outcomes))
+    _say(f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task")
     figure = accuracy_matrix_figure(comparison.as_matrix(outcomes), "Methods side by side", rows="method")
     path = out / "figures" / "comparison.png"
     path.parent.mkdir(exist_ok=True)

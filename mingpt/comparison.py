@@ -242,7 +242,7 @@ def _start(config: CfgNode, model: GPT, tasks: Sequence[Task], folder: Path, how
     if how not in ("prefix", "mean"):
         return how
     learned, _ = stages.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], folder)
-    known = {str(task): learned[str(task)] for task in PRETRAINING_TASKS}
+    known = {str(task): learned[str(task)][:, :size] for task in PRETRAINING_TASKS}
     if how == "mean":
         return average(list(known.values())).values[0]
     chosen = []

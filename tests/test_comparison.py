@@ -91,6 +91,7 @@ def test_a_prefix_starts_from_the_known_one_that_fits_best(compared):
         assert torch.equal(start, known[losses.index(min(losses))])
     mean = comparison._start(config, model, TASKS, folder, "mean", 10)
     torch.testing.assert_close(mean, sum(known) / 7)
+    assert comparison._start(config, model, TASKS, folder, "prefix", 4).shape[2] == 4  # as many as fit the budget
 
 
 @pytest.mark.parametrize(
