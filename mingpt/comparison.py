@@ -35,7 +35,7 @@ class Method:
     Attributes:
         kind: "full" trains all weights of a copy of the model, "lora" low-rank updates, and the others are the kinds of
             prefix of ``mingpt.prefix.Prefix``.
-        learning_rate: of AdamW, decayed linearly to zero; the best of those that docs/methods.md tells of.
+        learning_rate: of AdamW, decayed linearly to zero; see docs/methods.md for what was tried.
         start: of an activation prefix: "padding" and "random", see ``mingpt.prefix.initial_prefix``; "tokens", what the
             model sees at the tokens 1 to P; "prefix", of the run's prefixes for the pretraining tasks the one with the
             lowest loss on the new task (Vu et al. 2022 transfer prompts so); "mean", the average of these.
@@ -52,16 +52,16 @@ class Method:
 
 METHODS = {
     "full": Method("full", 1e-3),
-    "lora-mlp": Method("lora", 5e-3, targets=r"mlp\.c_"),
-    "lora-attention": Method("lora", 5e-3, targets=r"attn\.c_attn"),
-    "activation": Method("activation", 0.02),
-    "activation-random": Method("activation", 0.02, start="random"),
-    "activation-tokens": Method("activation", 0.02, start="tokens"),
-    "activation-prefix": Method("activation", 0.02, start="prefix"),
-    "activation-mean": Method("activation", 0.02, start="mean"),
-    "key_value": Method("key_value", 0.02),
-    "key_value-mlp": Method("key_value", 1e-3, is_reparametrized=True),
-    "prompt": Method("prompt", 0.02),
+    "lora-mlp": Method("lora", 0.01, targets=r"mlp\.c_"),
+    "lora-attention": Method("lora", 0.01, targets=r"attn\.c_attn"),
+    "activation": Method("activation", 0.25),
+    "activation-random": Method("activation", 0.25, start="random"),
+    "activation-tokens": Method("activation", 0.25, start="tokens"),
+    "activation-prefix": Method("activation", 0.25, start="prefix"),
+    "activation-mean": Method("activation", 0.25, start="mean"),
+    "key_value": Method("key_value", 0.25),
+    "key_value-mlp": Method("key_value", 3e-3, is_reparametrized=True),
+    "prompt": Method("prompt", 0.3),
 }
 """All methods, by the names that ``mingpt compare --methods`` takes."""
 
