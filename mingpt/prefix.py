@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mingpt.past import Past
 
 _SHAPES = {"activation": "(L, P, C)", "key_value": "(L, 2, P, C)", "prompt": "(P, C)"}
+N_AXES = {kind: len(shape.split(",")) for kind, shape in _SHAPES.items()}
+"""The kinds of prefix, and how many axes one prefix of each has."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Prefix:
     def __post_init__(self) -> None:
         if self.kind not in _SHAPES:
             raise ValueError(f"unknown prefix kind {self.kind!r}; the kinds are {', '.join(_SHAPES)}")
-        n_axes = {"activation": 4, "key_value": 5, "prompt": 3}[self.kind]
-        if self.values.ndim != n_axes:
+        if self.values.ndim != 1 + N_AXES[self.kind]:
             raise ValueError(
                 f"{self.kind} prefixes have the shape (K, {_SHAPES[self.kind][1:]} for K prefixes, "
                 f"got {tuple(self.values.shape)}"
@@ -305,7 +306,7 @@ def average(prefixes: Sequence[Tensor | Prefix]) -> Prefix:
 
 
 def _of_one_kind(prefixes: Sequence[Tensor | Prefix]) -> list[Prefix]:
-    kinds = {2: "prompt", 3: "activation", 4: "key_value"}
+    kinds = {n_axes: kind for kind, n_axes in N_AXES.items()}
     parts = [
         each if isinstance(each, Prefix) else Prefix(kinds.get(each.ndim, f"of {each.ndim} axes"), each[None])
         for each in prefixes

@@ -21,7 +21,7 @@ from mingpt.checkpoint import CheckpointError
 from mingpt.datasets import CustomDataset
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization, initial_prefix
+from mingpt.prefix import N_AXES, Prefix, Reparametrization, initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer
 from mingpt.utils import CfgNode, set_seed
@@ -162,11 +162,14 @@ def train_prefixes(
         The prefixes by task name, (L, P, C), (L, 2, P, C) or (P, C) each, and how many seconds the training took.
 
     Raises:
-        CheckpointError: if the file there is of other tasks, settings or starts, or for another model.
+        CheckpointError: if the file there is of other tasks, settings, kinds, sizes or starts, or for another model.
     """
     path = Path(folder) / f"{file}.safetensors"
     data = [dataset(config, "train", [task]) for task in tasks]
+    size = start.shape[-2] if isinstance(start, Tensor) else n_positions or config.data.prefix_size
     made_of = {
+        "n_axes": N_AXES[kind],
+        "n_positions": size,
         "data": [each.describe() for each in data],
         "recipe": _recipe(config.prefix),
         "start": checkpoint.checksum({"start": start}) if isinstance(start, Tensor) else start,
@@ -174,16 +177,17 @@ def train_prefixes(
     }
     if distributed.once(path.exists):
         prefixes, description = store.load_prefixes(path, model)
-        _require_made_of(path, {"start": "padding", "is_reparametrized": False} | description, made_of)
+        tensor = next(iter(prefixes.values()))
+        found = {"n_axes": tensor.ndim, "n_positions": tensor.shape[-2], "start": "padding", "is_reparametrized": False}
+        _require_made_of(path, found | description, made_of)
         seconds = description["metrics"]["seconds"]
         logger.info("%d prefixes are in %s, trained in %.0f s", len(prefixes), path, seconds)
         return prefixes, seconds
     set_seed(config.seed + 1)
     if not isinstance(start, Tensor):
-        start = initial_prefix(model, n_positions or config.data.prefix_size, start, kind=kind)
-    axes = {"activation": 4, "key_value": 5, "prompt": 3}[kind]
-    values = start.detach() if start.ndim == axes else start.detach()[None]
-    values = values.repeat(len(tasks) // len(values), *[1] * (axes - 1))
+        start = initial_prefix(model, size, start, kind=kind)
+    values = start.detach() if start.ndim > N_AXES[kind] else start.detach()[None]
+    values = values.repeat(len(tasks) // len(values), *[1] * N_AXES[kind])
     trained = Reparametrization(values) if is_reparametrized else Prefix(kind, values.requires_grad_())
     trainer = PrefixTrainer(_trainer_config(config.prefix, path.parent / file), model, data, trained)
     logger.info(

@@ -79,6 +79,12 @@ def test_prefixes_of_every_kind_are_learned_and_read_back(run, tmp_path, forbid_
     assert same(learn()[0], prefixes)
     with pytest.raises(CheckpointError, match="field 'start' is 'padding', expected 'random'"):
         learn(start="random")
+    for changes, field in (({"n_positions": 2}, "n_positions"), ({"kind": "prompt"}, "n_axes")):
+        if changes.get("kind") != kind:
+            with pytest.raises(CheckpointError, match=f"field '{field}' is"):
+                stages.train_prefixes(
+                    tiny_config(), model, TASKS, tmp_path, **{"kind": kind, "n_positions": 3} | changes
+                )
 
 
 def test_prefixes_start_where_they_are_told_to(run, tmp_path):
