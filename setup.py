@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 version = re.search(r'__version__ = "(.*)"', (HERE / "mingpt" / "__init__.py").read_text())
@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["mingpt"],
+    packages=find_packages(include=["mingpt", "mingpt.*"]),
     package_data={"mingpt": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[

@@ -5,7 +5,7 @@
 All figures are medians of the rounds, taken in turn in one process. "A step" is what a processor does for one token of
 every row: advance each row's state, find what may follow, and mask the logits.
 
-The peers, at GPT-2's vocabulary size with random spellings (nothing is downloaded), on the same regular expression:
+The baselines, at GPT-2's vocabulary size with random spellings (nothing is downloaded), on the same regular expression:
     llguidance     its matchers, filled in parallel, and its mask unpacked and applied to the logits
     transformers   PrefixConstrainedLogitsProcessor, whose function looks the row's state up in the same automaton
 """
@@ -22,11 +22,11 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from mingpt import experiment, stages
-from mingpt.automata import DFA, PDA
-from mingpt.constraints import MultisetConstraint, PushdownConstraint, RegularConstraint
-from mingpt.generation import generate
-from mingpt.logits_processors import Context, LogitsProcessor
+from mingpt.decoding.automata import DFA, PDA
+from mingpt.decoding.constraints import MultisetConstraint, PushdownConstraint, RegularConstraint
+from mingpt.decoding.generation import generate
+from mingpt.decoding.logits_processors import Context, LogitsProcessor
+from mingpt.experiments import pipeline, reproduction
 
 EXPRESSION = "[1-10]* (2|3)+ [4-12]*"
 """Over the laptop preset's tokens; it forces nothing, so that no step of the model is skipped."""
@@ -71,7 +71,7 @@ def step_of(processor: LogitsProcessor, n_rows: int, vocab_size: int, n_new: int
 
 def in_a_decode(rounds: int, constraint: RegularConstraint) -> None:
     """How much longer the laptop preset takes to generate ten tokens for 100 rows."""
-    model = stages.build_model(experiment.get_default_config("laptop")).eval()
+    model = pipeline.build_model(reproduction.get_default_config("laptop")).eval()
     prompts = torch.randint(1, 11, (100, 20))
     works = {"free": [], "constrained": [constraint]}
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -105,7 +105,7 @@ def at_a_large_vocabulary(rounds: int, vocab_size: int = 50_257, n_rows: int = 3
     logits = torch.randn(n_rows, vocab_size)
     print(f"  {'the mask alone':14}{1e3 * each(rounds, lambda: logits.masked_fill(logits > 9, 0.0), 10):8.2f} ms")
     if importlib.util.find_spec("llguidance"):
-        from mingpt.grammar import GrammarConstraint, tokenizer_of
+        from mingpt.decoding.grammar import GrammarConstraint, tokenizer_of
 
         grammar = GrammarConstraint.from_regex("[a-e]*[fg]+[a-j]*", tokenizer_of([*spellings, "end"], vocab_size - 1))
         print(f"  {'llguidance':14}{1e3 * each(rounds, step_of(grammar, n_rows, vocab_size), 10):8.2f} ms")

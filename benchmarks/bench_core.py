@@ -1,8 +1,8 @@
-"""Every claim of speed, as a ratio: the package and its peers, in turn in one process, on the same work.
+"""Every claim of speed, as a ratio: the package and its baselines, in turn in one process, on the same work.
 
     python benchmarks/bench_core.py [--rounds 5] [--precision float32] [--matrix] [--run runs/laptop] [--json FILE]
 
-The peers:
+The baselines:
     reference     tests/reference.py, what minGPT and its prefix-tuning descendants do: the whole sequence with the
                   prefix spliced in, for every row, in float32, one prefix at a time on batches of 64, no cache
     transformers  Hugging Face's GPT-2 of the same size, in the package's precision; PEFT's prefix tuning of it
@@ -35,16 +35,16 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import peers
+import baselines
 from reference import ReferenceLoop, reference_generate, reference_rows
 
-from mingpt import experiment, stages
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix, solve
-from mingpt.precision import resolve_precision
+from mingpt.experiments import pipeline, reproduction
 from mingpt.prefix import initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
 from mingpt.trainer import PrefixTrainer, Trainer
+from mingpt.training.precision import resolve_precision
 
 Work = tuple[Callable[[], object], int]
 """What to time, and how many rows it works on."""
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     logging.disable(logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the peers among themselves
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the baselines among themselves
     precision = resolve_precision(options.precision, "cpu")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {precision}; medians of {options.rounds} rounds"
@@ -87,10 +87,10 @@ def main() -> None:
 
 def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     """Yield each measurement's name, and the work of the package and of each peer, for the laptop preset."""
-    config = experiment.get_default_config("laptop")
+    config = reproduction.get_default_config("laptop")
     config.trainer.precision = config.prefix.precision = precision
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
-    mixed = stages.dataset(config, "train", PRETRAINING_TASKS)
+    mixed = pipeline.dataset(config, "train", PRETRAINING_TASKS)
     n_positions, length = config.data.prefix_size, config.data.length
     has_transformers, has_peft = (importlib.util.find_spec(name) is not None for name in ("transformers", "peft"))
 
@@ -103,36 +103,36 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
         },
     )
 
-    model = stages.build_model(config)
+    model = pipeline.build_model(config)
     ancestor = config.copy()
     ancestor.model.gelu_approximate = "tanh"
-    old = ReferenceLoop(stages.build_model(ancestor), Trainer.get_default_config())
+    old = ReferenceLoop(pipeline.build_model(ancestor), Trainer.get_default_config())
     x, y = mixed.batch(range(512))
     works = {
         "package": steps(Trainer(short(config.trainer, batch_size=512), model, mixed), 512),
         "reference": (lambda: old.step(x[:64], y[:64]), 64),
-        "encoder": (peers.encoder_step(model.config, precision, x, y), 512),
+        "encoder": (baselines.encoder_step(model.config, precision, x, y), 512),
         "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 3), 512),
     }
     if has_transformers:
-        works["transformers"] = (peers.huggingface_step(model.config, precision, x, y), 512)
+        works["transformers"] = (baselines.huggingface_step(model.config, precision, x, y), 512)
     yield ("pretraining step, 512 rows", works)
 
-    sort = stages.dataset(config, "train", tasks[:1])
+    sort = pipeline.dataset(config, "train", tasks[:1])
     x1, y1 = sort.batch(range(512))
     prefix = initial_prefix(model, n_positions)
-    old_prefix = ReferenceLoop(stages.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
+    old_prefix = ReferenceLoop(pipeline.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
     rivals = {
         "reference": (lambda: old_prefix.step(x1[:64], y1[:64]), 64),
         "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 2), 512),
     }
     if has_peft and has_transformers:
-        rivals["transformers"] = (peers.peft_step(model.config, precision, n_positions, x1, y1), 512)
+        rivals["transformers"] = (baselines.peft_step(model.config, precision, n_positions, x1, y1), 512)
     single = PrefixTrainer(short(config.prefix, batch_size=512), model, sort, prefix)
     yield ("1 prefix, 512 rows", {"package": steps(single, 512)} | rivals)
 
     values = prefix.detach().repeat(len(tasks), 1, 1, 1)
-    datasets = [stages.dataset(config, "train", [task]) for task in tasks]
+    datasets = [pipeline.dataset(config, "train", [task]) for task in tasks]
     joint = PrefixTrainer(short(config.prefix, batch_size=512 // len(tasks)), model, datasets, values)
     yield (f"{len(tasks)} prefixes, 512 rows", {"package": steps(joint, 512)} | rivals)
 
@@ -147,22 +147,22 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
             "reference": reference,
         }
         if has_transformers:
-            decode = peers.huggingface_decode(model.config, precision, prompts[:n_rows], length)
+            decode = baselines.huggingface_decode(model.config, precision, prompts[:n_rows], length)
             works["transformers"] = (decode, n_rows)
         yield (f"decode, {n_rows} rows", works)
 
-    tests = [stages.dataset(config, "test", [task]) for task in tasks]
+    tests = [pipeline.dataset(config, "test", [task]) for task in tasks]
     matrix = (lambda: accuracy_matrix(model, {"one": learned}, tests, 400, precision=precision), len(tasks) * 400)
     yield ("a prefix on 16 tasks, 400 rows", {"package": matrix, "reference": reference})
 
 
 def full_matrix(precision: str, n_rows: int = 3200) -> float:
     """Seconds of scoring the model without a prefix and with each of sixteen on all sixteen tasks, once."""
-    config = experiment.get_default_config("laptop")
+    config = reproduction.get_default_config("laptop")
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
-    model = stages.build_model(config)
+    model = pipeline.build_model(config)
     prefixes = {str(task): initial_prefix(model, config.data.prefix_size, "random").detach() for task in tasks}
-    tests = [stages.dataset(config, "test", [task]) for task in tasks]
+    tests = [pipeline.dataset(config, "test", [task]) for task in tasks]
     start = time.perf_counter()  # torch's Timer would do it three times
     accuracy_matrix(model, {"none": None, **prefixes}, tests, n_rows, precision=precision)
     return time.perf_counter() - start

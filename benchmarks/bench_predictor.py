@@ -18,10 +18,10 @@ import time
 import torch
 
 from mingpt import distributed
-from mingpt.experiment import get_default_config
-from mingpt.predictor import Predictor
+from mingpt.experiments.pipeline import build_model
+from mingpt.experiments.predictor import Predictor
+from mingpt.experiments.reproduction import get_default_config
 from mingpt.prefix import initial_prefix
-from mingpt.stages import build_model
 
 LENGTH, PADDING = 10, 10
 
@@ -45,7 +45,7 @@ def answer(kind: str, n_rows: int, batch_size: int) -> None:
 
     way, examples = {"loop": loop, "predictor": predictor}[kind], list(rows)
     way(examples[: 2 * batch_size])
-    distributed.gather(None)  # start together
+    distributed.all_gather(None)  # start together
     start = time.perf_counter()
     way(examples)
     seconds = time.perf_counter() - start

@@ -22,9 +22,9 @@ from torch.utils.benchmark import Timer
 
 from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
-from mingpt.precision import autocast, resolve_precision
 from mingpt.prefix import Prefix
 from mingpt.tasks import SortAscending
+from mingpt.training.precision import autocast, resolve_precision
 from mingpt.utils import set_seed
 
 BASE = {"P": 10, "K": 16, "L": 10, "depth": 4, "width": 256, "batch": 128}

@@ -72,7 +72,7 @@ def _run_options(command: Any) -> Any:
 
 
 def _config(preset: str, seed: int, overrides: tuple[str, ...]) -> Any:
-    from mingpt.experiment import get_default_config
+    from mingpt.experiments.reproduction import get_default_config
 
     config = get_default_config(preset)
     config.merge_from_args([f"--seed={seed}", *(f"--{override}" for override in overrides)])
@@ -97,25 +97,25 @@ def reproduce(preset: str, out: Path | None, seed: int, overrides: tuple[str, ..
     Prints the table beside the published figures; the folder gets the checkpoints, results.json and figures. The same
     command again goes on where it was, or says that it is done.
     """
-    from mingpt import experiment
+    from mingpt.experiments import reproduction
 
     out = out or Path("runs") / preset
-    results = experiment.reproduce(_config(preset, seed, overrides), out)
-    _say(experiment.format_table(results))
-    _say(f"figures and checkpoints are in {out}")
+    results = reproduction.reproduce(_config(preset, seed, overrides), out)
+    _echo(reproduction.format_table(results))
+    _echo(f"figures and checkpoints are in {out}")
 
 
 @cli.command()
 @_run_options
 def pretrain(preset: str, out: Path | None, seed: int, overrides: tuple[str, ...]) -> None:
     """Only pretrain the model, the first stage of 'reproduce'."""
-    from mingpt import stages
+    from mingpt.experiments import pipeline
 
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
-    stages.claim(config, out)
-    stages.pretrain(config, out)
-    _say(f"the model is {out / 'model.safetensors'}")
+    pipeline.verify(config, out)
+    pipeline.pretrain(config, out)
+    _echo(f"the model is {out / 'model.safetensors'}")
 
 
 @cli.command()
@@ -129,21 +129,21 @@ def prefix(
 
     A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
     """
-    from mingpt import stages
     from mingpt.evaluation import evaluate
+    from mingpt.experiments import pipeline
     from mingpt.tasks import Task
 
     parsed = [Task.parse(task) for task in tasks]
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
-    stages.claim(config, out)
-    model, _ = stages.pretrain(config, out)
+    pipeline.verify(config, out)
+    model, _ = pipeline.pretrain(config, out)
     file = name or "prefix_" + "_".join(map(str, parsed))
-    prefixes, seconds = stages.train_prefixes(config, model, parsed, out, file)
+    prefixes, seconds = pipeline.train_prefixes(config, model, parsed, out, file)
     for task in parsed:
-        score = evaluate(model, stages.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows)
-        _say(f"{task!s:24} {_percent(score)}")
-    _say(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
+        score = evaluate(model, pipeline.dataset(config, "test", [task]), prefixes[str(task)], config.evaluation.n_rows)
+        _echo(f"{task!s:24} {_percent(score)}")
+    _echo(f"the prefixes are {out / file}.safetensors, trained in {seconds:.0f} s")
 
 
 @cli.command()
@@ -163,25 +163,25 @@ def compare(
     """Teach a run's model each task by several methods, side by side.
 
     With as many learned numbers and as much training each: fine-tuning, LoRA, prefixes of every kind and from every
-    start, soft prompts. Prints a table; the run's folder gets comparison/outcomes.json and figures/comparison.png.
+    start, soft prompts. Prints a table; the run's folder gets comparison/results.json and figures/comparison.png.
     """
-    from mingpt import comparison, stages
+    from mingpt.analysis.figures import accuracy_matrix_figure
+    from mingpt.experiments import comparison, pipeline
     from mingpt.tasks import TEST_TASKS, Task
-    from mingpt.visualization import accuracy_matrix_figure
 
     out = out or Path("runs") / preset
     config = _config(preset, seed, overrides)
     parsed = [Task.parse(task) for task in tasks] or TEST_TASKS
     names = methods.split(",") if methods else list(comparison.METHODS)
-    stages.claim(config, out)
-    outcomes = comparison.compare(config, out, parsed, names, n_parameters)
-    _say(comparison.format_table(outcomes))
-    _say(f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task")
-    figure = accuracy_matrix_figure(comparison.as_matrix(outcomes), "Methods side by side", rows="method")
+    pipeline.verify(config, out)
+    results = comparison.compare(config, out, parsed, names, n_parameters)
+    _echo(comparison.format_table(results))
+    _echo(f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task")
+    figure = accuracy_matrix_figure(comparison.as_matrix(results), "Methods side by side", rows="method")
     path = out / "figures" / "comparison.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
-    _say(f"the figure is {path}")
+    _echo(f"the figure is {path}")
 
 
 @cli.command("eval")
@@ -199,7 +199,7 @@ def evaluate_command(tasks: tuple[str, ...], folder: Path, without_prefix: bool,
     for task in [Task.parse(task) for task in tasks or prefixes]:
         chosen = None if without_prefix else _prefix_of(prefixes, str(task), folder)
         data = CustomDataset.from_description(description["data"], split="test", tasks=[task])
-        _say(f"{task!s:24} {_percent(evaluate(model, data, chosen, rows))}")
+        _echo(f"{task!s:24} {_percent(evaluate(model, data, chosen, rows))}")
 
 
 @cli.command()
@@ -237,8 +237,8 @@ def generate(
     """
     import torch
 
-    from mingpt import constraints as known
-    from mingpt.automata import DFA
+    from mingpt.decoding import constraints as known
+    from mingpt.decoding.automata import DFA
     from mingpt.tasks import Task
 
     model, prefixes, description = _load(folder)
@@ -301,7 +301,7 @@ def predict(rows: Path, output: Path, task: str, folder: Path, batch_size: int, 
     A line of IN.jsonl is an input row, such as [6, 2, 7, 6, 7, 5, 3, 6, 6, 10], the same line of OUT.jsonl its answer.
     OUT.jsonl appears when it is complete; if the command is cut off, the same again goes on with what is missing.
     """
-    from mingpt import multistep
+    from mingpt.experiments import multistep
     from mingpt.tasks import Task
 
     model, prefixes, description = _load(folder)
@@ -323,13 +323,13 @@ def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, co
     A line of OUT.jsonl has every step's answer to the same line of IN.jsonl, such as
     {"1-SortAscending": [...], "2-Add1": [...]}. Prints which share of rows is right after each step.
     """
-    from mingpt import multistep
+    from mingpt.experiments import multistep
     from mingpt.tasks import Task
 
     model, prefixes, description = _load(folder)
     data = description["data"]
     sizes = {name: data[name] for name in ("length", "num_digits", "prefix_padding")}
-    plan = multistep.plan_for(Task.parse(task), model, prefixes, **sizes, is_constrained=constrained)
+    plan = multistep.plan_from_composition(Task.parse(task), model, prefixes, **sizes, is_constrained=constrained)
     names = [step.name for step in plan.steps]
 
     def lines(outputs: dict[str, list[Any]]) -> list[Any]:
@@ -337,7 +337,7 @@ def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, co
 
     examples, outputs = _answer(plan, rows, output, data, batch_size, 0, lines)
     for metric, value in multistep.measure(plan, examples, outputs).items():
-        _say(f"{metric:40} {100 * value:.2f}%")
+        _echo(f"{metric:40} {100 * value:.2f}%")
 
 
 @cli.command()
@@ -346,7 +346,7 @@ def chain(rows: Path, output: Path, task: str, folder: Path, batch_size: int, co
 @_from_option
 def export(out: Path, tasks: tuple[str, ...], folder: Path) -> None:
     """Write the model for transformers into FOLDER/model, and each prefix for PEFT into FOLDER/TASK."""
-    from mingpt.interop import export_peft, to_huggingface
+    from mingpt.storage.huggingface import export_peft, to_huggingface
     from mingpt.tasks import Task
 
     model, prefixes, _ = _load(folder)
@@ -387,7 +387,7 @@ def show_config(preset: str, out: Path | None, seed: int, overrides: tuple[str, 
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 def inspect(file: Path) -> None:
     """Print what a checkpoint FILE says of itself, and its tensors."""
-    from mingpt.checkpoint import load_checkpoint
+    from mingpt.storage.checkpoint import load_checkpoint
 
     tensors, description = load_checkpoint(file)
     description.pop("state", None)  # a trainer's bookkeeping
@@ -400,12 +400,13 @@ def _answer(
     plan: Any, rows: Path, output: Path, data: dict[str, Any], batch_size: int, seed: int, lines: Any
 ) -> tuple[list[list[int]], dict[str, list[Any]]]:
     """Lead a file's rows through a plan and write ``lines(outputs)``; a folder beside it has what is done before."""
-    from mingpt import distributed, multistep
-    from mingpt.checkpoint import json_lines, write_atomic
+    from mingpt import distributed
+    from mingpt.experiments import multistep
+    from mingpt.storage.checkpoint import json_lines, write_atomic
 
-    if distributed.once(output.exists):
+    if distributed.run_on_main(output.exists):
         raise click.UsageError(f"{output} exists; remove it or choose another file")
-    examples = distributed.once(lambda: _read_rows(rows, data["length"], plan.model.config.vocab_size))
+    examples = distributed.run_on_main(lambda: _read_rows(rows, data["length"], plan.model.config.vocab_size))
     folder = output.with_name(output.name + ".steps")
     outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
 
@@ -413,7 +414,7 @@ def _answer(
         write_atomic(output, json_lines(lines(outputs)))
         shutil.rmtree(folder)
 
-    distributed.once(write)
+    distributed.run_on_main(write)
     return examples, outputs
 
 
@@ -435,7 +436,7 @@ def _read_rows(path: Path, length: int, vocab_size: int) -> list[list[int]]:
     return rows
 
 
-def _say(text: str) -> None:
+def _echo(text: str) -> None:
     """Print on the main process."""
     from mingpt import distributed
 
@@ -444,14 +445,14 @@ def _say(text: str) -> None:
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    from mingpt import store
+    from mingpt.storage import weights
 
     path = folder / "model.safetensors"
     if not path.exists():
         raise click.UsageError(f"no model in {folder}; run 'mingpt reproduce' and give --from runs/laptop")
-    model, description = store.load_model(path)
+    model, description = weights.load_model(path)
     file = folder / "prefixes.safetensors"
-    prefixes = store.load_prefixes(file, model)[0] if file.exists() else {}
+    prefixes = weights.load_prefixes(file, model)[0] if file.exists() else {}
     return model, prefixes, description
 
 

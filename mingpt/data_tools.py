@@ -1,5 +1,6 @@
 """The names that the notebooks import, gathered from where they live. Nothing inside the package imports this."""
 
+from mingpt.analysis.figures import attention_visualization
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import eval, label_batch  # noqa: A004 (the seed notebook's name)
 from mingpt.tasks import (
@@ -21,7 +22,6 @@ from mingpt.tasks import (
     Task,
 )
 from mingpt.trainer import batch_end_callback
-from mingpt.visualization import attention_visualization
 
 __all__ = [
     "PRETRAINING_TASKS",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mingpt.datasets import CustomDataset
-from mingpt.logits_processors import Constraint
-from mingpt.precision import autocast
+from mingpt.decoding.logits_processors import Constraint
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.tasks import SIMPLE_TASKS, Task
+from mingpt.training.precision import autocast
 
 N_ROWS = 3200
 """Rows of a published figure."""
@@ -91,7 +91,7 @@ def evaluate(
         dataset: usually of the "test" split; its prefix_padding is where the prefix goes.
         prefixes: one prefix for all rows, or one per row for ``n_rows`` rows.
         n_rows: how many rows.
-        options: batch_size, precision, logits_processors, pressure_record; see ``solve``.
+        options: batch_size, precision, logits_processors, forbidden_mass_record; see ``solve``.
 
     Raises:
         ValueError: if ``n_rows`` is not positive, or the prefix is longer than the dataset's prefix_padding.
@@ -113,7 +113,7 @@ def solve(
     logits_processors: Iterable[Callable] = (),
     n_given: int = 0,
     given: np.ndarray | None = None,
-    pressure_record: list[Tensor] | None = None,
+    forbidden_mass_record: list[Tensor] | None = None,
 ) -> np.ndarray:
     """The model's greedy answers to input rows.
 
@@ -123,12 +123,12 @@ def solve(
         prefix_padding: P, how many zeros come before them.
         prefixes: see ``mingpt.prefix.as_prefix``; one per row means one per row of ``inputs``.
         batch_size: rows generated at a time.
-        precision: see ``mingpt.precision``.
-        logits_processors: see ``mingpt.generation.generate``.
+        precision: see ``mingpt.training.precision``.
+        logits_processors: see ``mingpt.decoding.generation.generate``.
         n_given: how many tokens of each answer are given with the prompt.
         given: (N, L) answers to take them from.
-        pressure_record: a list that receives, for each batch, the probability that each constraint forbade, (steps,
-            rows, number of constraints); see ``mingpt.generation.generate``.
+        forbidden_mass_record: a list that receives, for each batch, the probability that each constraint forbade, (steps,
+            rows, number of constraints); see ``mingpt.decoding.generation.generate``.
 
     Returns:
         (N, L) answers.
@@ -137,8 +137,8 @@ def solve(
     prefix = None
     if prefixes is not None:
         prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
-        if prefix.n_places > prefix_padding:
-            raise ValueError(f"the prefix has {prefix.n_places} positions, prefix_padding has {prefix_padding}")
+        if prefix.n_placeholders > prefix_padding:
+            raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
     prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
     if given is not None:
         prompts = np.concatenate([prompts, given[:, :n_given]], axis=1)
@@ -151,18 +151,18 @@ def solve(
         with autocast(precision, model.device):
             for start in range(0, n_rows, batch_size):
                 rows = slice(start, start + batch_size)
-                record: list[Tensor] | None = None if pressure_record is None else []
+                record: list[Tensor] | None = None if forbidden_mass_record is None else []
                 outputs.append(
                     model.generate(
                         tokens[rows],
                         length - n_given,
                         prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
                         logits_processors=processors,
-                        pressure_record=record,
+                        forbidden_mass_record=record,
                     )[:, prefix_padding + length :]
                 )
-                if pressure_record is not None and record is not None:
-                    pressure_record.append(torch.stack(record))
+                if forbidden_mass_record is not None and record is not None:
+                    forbidden_mass_record.append(torch.stack(record))
     finally:
         model.train(was_training)
     return torch.cat(outputs).cpu().numpy()
@@ -180,13 +180,13 @@ class ConstraintEffect:
     Attributes:
         free: the score without the constraint.
         constrained: the score with it.
-        pressure: at each output position, the mean probability that it took away from the model, L numbers from 0 to 1.
+        forbidden_mass: at each output position, the mean probability that it took away from the model, L numbers from 0 to 1.
             Where it is near 0, the model would have kept to the language by itself.
     """
 
     free: Score
     constrained: Score
-    pressure: tuple[float, ...]
+    forbidden_mass: tuple[float, ...]
 
     @property
     def gap(self) -> float:
@@ -207,18 +207,18 @@ def constraint_effect(
     Args:
         model: a GPT.
         dataset: see ``evaluate``.
-        constraints: of ``mingpt.constraints``, together.
+        constraints: of ``mingpt.decoding.constraints``, together.
         prefixes: see ``evaluate``.
         n_rows: how many rows.
         options: batch_size, precision; see ``solve``.
     """
     free = evaluate(model, dataset, prefixes, n_rows, **options)
     record: list[Tensor] = []
-    options |= {"logits_processors": tuple(constraints), "pressure_record": record}
+    options |= {"logits_processors": tuple(constraints), "forbidden_mass_record": record}
     constrained = evaluate(model, dataset, prefixes, n_rows, **options)
     kept = 1 - torch.cat(record, dim=1)  # (L, N, constraints), of what the ones before had left
-    pressure = 1 - kept.prod(dim=2).mean(dim=1)
-    return ConstraintEffect(free, constrained, tuple(pressure.clamp(min=0).tolist()))
+    forbidden_mass = 1 - kept.prod(dim=2).mean(dim=1)
+    return ConstraintEffect(free, constrained, tuple(forbidden_mass.clamp(min=0).tolist()))
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | No
     return "\n".join([*lines, f"of {' or '.join(f'{n:,}' for n in n_rows)} test rows"])
 
 
-def best_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
+def bayes_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
     """The cross-entropy in nats per output token that no predictor can beat on a mixture of tasks.
 
     A predictor that knows every task, but not which of them was drawn, weighs the tasks by Bayes' rule: by how likely
@@ -393,7 +393,7 @@ def eval(  # noqa: A001 (the seed notebook's name)
         provide_first: give the first token of the solution with the prompt.
         prefixes: see ``mingpt.prefix.as_prefix``.
         show_wrong_examples: print the first three mistakes.
-        logits_processors: see ``mingpt.generation.generate``.
+        logits_processors: see ``mingpt.decoding.generation.generate``.
 
     Returns:
         The number of rows solved, a scalar tensor of float32.

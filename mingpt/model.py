@@ -21,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mingpt import generation
-from mingpt.past import KeysValues, LayerCache, LayerPast, Past, by_row, n_positions
-from mingpt.prefix import Prefix, activation_past, as_prefix, key_value_past
+from mingpt.decoding import generation
+from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerCache, by_row, n_positions
+from mingpt.prefix import Prefix, activation_cache, as_prefix, key_value_cache
 from mingpt.utils import CfgNode, nearest
 
 logger = logging.getLogger("mingpt")
@@ -74,8 +74,8 @@ class CausalSelfAttention(nn.Module):
         return keys, values
 
     def forward(
-        self, x: Tensor, past: LayerPast | None = None, mask: Tensor | None = None, n_last: int | None = None
-    ) -> tuple[Tensor, LayerPast, Tensor | None]:
+        self, x: Tensor, past: LayerCache | None = None, mask: Tensor | None = None, n_last: int | None = None
+    ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Attend.
 
         Args:
@@ -90,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         """
         qkv, n_last = self.c_attn(x), n_last or x.shape[1]
         mask = None if mask is None else mask[-n_last:]
-        if isinstance(past, LayerCache):
+        if isinstance(past, KVCache):
             queries, keys, values = self._split_heads(qkv, 3, len(x)).squeeze(3)  # (B, H, T, D)
             keys, values = past.append(keys, values)
             may_look = None if mask is None else ~mask
@@ -148,15 +148,15 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: LayerPast | None = None,
+        past: LayerCache | None = None,
         mask: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
-    ) -> tuple[Tensor, LayerPast]:
+    ) -> tuple[Tensor, LayerCache]:
         """(B, T, C) to (B, T', C), with the past of what may follow; see CausalSelfAttention."""
-        out, new_past = self.attend(x, past, mask, record, n_last)
+        out, new_cache = self.attend(x, past, mask, record, n_last)
         x = x[:, -out.shape[1] :] + out
-        return x + self.mlp(self.ln_2(x)), new_past
+        return x + self.mlp(self.ln_2(x)), new_cache
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """What attention would see of ``x`` (G, T, C): keys and values, (G, H, 1, T, D) each."""
@@ -165,17 +165,17 @@ class Block(nn.Module):
     def attend(
         self,
         x: Tensor,
-        past: LayerPast | None,
+        past: LayerCache | None,
         mask: Tensor | None,
         record: Record | None = None,
         n_last: int | None = None,
-    ) -> tuple[Tensor, LayerPast]:
+    ) -> tuple[Tensor, LayerCache]:
         """The block's first half: what attention adds to the residual stream ``x``."""
-        out, new_past, weights = self.attn(self.ln_1(x), past, mask, n_last)
+        out, new_cache, weights = self.attn(self.ln_1(x), past, mask, n_last)
         if record is not None and weights is not None:
             record.append(("attention", weights.detach().transpose(1, 2).flatten(0, 1).cpu()))
             record.append(("attn_block_output", out.detach().float().cpu()))
-        return out, new_past
+        return out, new_cache
 
 
 class Transformer(nn.Module):
@@ -285,19 +285,19 @@ class GPT(nn.Module):
         if n_tokens > self.block_size:
             raise ValueError(f"{n_tokens} tokens do not fit into block_size = {self.block_size}")
         prefix = None if prefixes is None else as_prefix(prefixes, self.config.n_layer, self.config.n_embd, batch)
-        n_past = n_shared if prefix is None else prefix.n_places
-        if n_past >= n_tokens:
-            raise ValueError(f"{n_past} prefix positions leave no content in {n_tokens} tokens")
+        n_cached = n_shared if prefix is None else prefix.n_placeholders
+        if n_cached >= n_tokens:
+            raise ValueError(f"{n_cached} prefix positions leave no content in {n_tokens} tokens")
         record: Record | None = None if activations_record is None else []
         n_unscored = 0
         if prefix is not None:
-            past, n_unscored = self.past_of_prefix(prefix), n_past
-            before = past[0][0][0].new_zeros(1, n_past, self.config.vocab_size)
-        elif n_past and record is None:
-            before, past = self.extend(idx[:1, :n_past])
+            past, n_unscored = self.prefix_cache(prefix), n_cached
+            before = past[0][0][0].new_zeros(1, n_cached, self.config.vocab_size)
+        elif n_cached and record is None:
+            before, past = self.forward_cached(idx[:1, :n_cached])
         else:
-            before, past, n_past = None, None, 0
-        logits, _ = self.extend(idx[:, n_past:], past, record=record, n_last=n_scored, start=n_past)
+            before, past, n_cached = None, None, 0
+        logits, _ = self.forward_cached(idx[:, n_cached:], past, record=record, n_last=n_scored, start=n_cached)
         if n_scored is not None:
             n_unscored, targets = 0, None if targets is None else targets[:, -n_scored:]
         elif before is not None:
@@ -310,25 +310,25 @@ class GPT(nn.Module):
             activations_record += record if prefix is None else self._with_prefix_rows(prefix, record)
         return logits, loss
 
-    def past_of_prefix(self, prefix: Prefix) -> Past:
+    def prefix_cache(self, prefix: Prefix) -> Cache:
         """The keys and values that content attends to after K prefixes, (K or B, H, 1, P, D) each in every layer."""
         if prefix.kind == "activation":
-            past = activation_past(self.blocks, prefix.values)
+            past = activation_cache(self.blocks, prefix.values)
         elif prefix.kind == "key_value":
-            past = key_value_past(prefix.values, self.config.n_head)
+            past = key_value_cache(prefix.values, self.config.n_head)
         else:
-            past = by_row(self.extend(None, embeddings=prefix.values)[1])
+            past = by_row(self.forward_cached(None, embeddings=prefix.values)[1])
         return prefix.select(past)
 
-    def extend(
+    def forward_cached(
         self,
         tokens: Tensor | None,
-        past: Past | None = None,
+        past: Cache | None = None,
         embeddings: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
         start: int | None = None,
-    ) -> tuple[Tensor, Past]:
+    ) -> tuple[Tensor, Cache]:
         """Read tokens after a past: the one way through the network.
 
         Args:
@@ -341,26 +341,26 @@ class GPT(nn.Module):
         Returns:
             The logits of the content (B, T, V), or (B, n_last, V), and the past of what may follow it.
         """
-        n_past = n_positions(past)
-        start = n_past if start is None else start
+        n_cached = n_positions(past)
+        start = n_cached if start is None else start
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
         x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = causal_mask(n_tokens, n_past, x.device) if n_tokens > 1 else None
-        new_past = []
+        mask = causal_mask(n_tokens, n_cached, x.device) if n_tokens > 1 else None
+        new_cache = []
         for layer, block in enumerate(self.blocks):
             is_last = layer == self.config.n_layer - 1
-            x, layer_past = block(x, None if past is None else past[layer], mask, record, n_last if is_last else None)
-            new_past.append(layer_past)
-        return self.lm_head(self.transformer.ln_f(x)), new_past
+            x, layer_cache = block(x, None if past is None else past[layer], mask, record, n_last if is_last else None)
+            new_cache.append(layer_cache)
+        return self.lm_head(self.transformer.ln_f(x)), new_cache
 
     def _with_prefix_rows(self, prefix: Prefix, record: Record) -> Record:
         """Complete a record of the content, (B, H, T - P, T), to one of all positions, (B, H, T, T)."""
         own: Record = []
         if prefix.kind == "prompt":
-            self.extend(None, embeddings=prefix.values, record=own)
+            self.forward_cached(None, embeddings=prefix.values, record=own)
         elif prefix.kind == "activation":
             mask = causal_mask(prefix.n_positions, 0, prefix.values.device)
             for layer, block in enumerate(self.blocks):
@@ -383,7 +383,7 @@ class GPT(nn.Module):
         top_k: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue prompts; see ``mingpt.generation.generate``, which this calls with itself as the model."""
+        """Continue prompts; see ``mingpt.decoding.generation.generate``, which this calls with itself as the model."""
         return generation.generate(
             self, idx, max_new_tokens, temperature=temperature, do_sample=do_sample, top_k=top_k, **options
         )
@@ -472,9 +472,9 @@ def _complete_config(config: CfgNode) -> CfgNode:
     return config
 
 
-def causal_mask(n_tokens: int, n_past: int, device: torch.device) -> Tensor:
+def causal_mask(n_tokens: int, n_cached: int, device: torch.device) -> Tensor:
     """(T, S + T) of bool, true where a token would look at a later one."""
-    return torch.ones(n_tokens, n_past + n_tokens, dtype=torch.bool, device=device).triu(n_past + 1)
+    return torch.ones(n_tokens, n_cached + n_tokens, dtype=torch.bool, device=device).triu(n_cached + 1)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mingpt.past import Past
+from mingpt.kv_cache import Cache
 
 _SHAPES = {"activation": "(L, P, C)", "key_value": "(L, 2, P, C)", "prompt": "(P, C)"}
 N_AXES = {kind: len(shape.split(",")) for kind, shape in _SHAPES.items()}
@@ -56,7 +56,7 @@ class Prefix:
         return self.values.shape[-2]
 
     @property
-    def n_places(self) -> int:
+    def n_placeholders(self) -> int:
         """How many first tokens of the input the prefix stands for."""
         return self.n_positions if self.places is None else self.places
 
@@ -82,7 +82,7 @@ class Prefix:
         if self.rows is not None and self.rows.shape != (batch_size,):
             raise ValueError(f"rows has shape {tuple(self.rows.shape)}, expected ({batch_size},), one prefix a row")
 
-    def select(self, past: Past) -> Past:
+    def select(self, past: Cache) -> Cache:
         """Give each row its own prefix's past: (K, H, 1, P, D) to (B, H, 1, P, D), unchanged without ``rows``."""
         if self.rows is None:
             return past
@@ -136,7 +136,7 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
     return prefix
 
 
-def activation_past(blocks: Iterable[Any], values: Tensor) -> Past:
+def activation_cache(blocks: Iterable[Any], values: Tensor) -> Cache:
     """Turn activation prefixes (K, L, P, C) into the keys and values that each layer's content attends to.
 
     Args:
@@ -151,7 +151,7 @@ def activation_past(blocks: Iterable[Any], values: Tensor) -> Past:
     return [[block.keys_values(values[:, layer])] for layer, block in enumerate(blocks)]
 
 
-def key_value_past(values: Tensor, n_head: int) -> Past:
+def key_value_cache(values: Tensor, n_head: int) -> Cache:
     """Split key_value prefixes (K, L, 2, P, C) into heads: for each layer keys and values, (K, H, 1, P, D) each."""
     n_prefixes, _, _, n_positions, n_embd = values.shape
     heads = values.view(n_prefixes, -1, 2, n_positions, 1, n_head, n_embd // n_head).transpose(3, 5)
@@ -163,7 +163,7 @@ def as_key_value(model: Any, prefix: Tensor | Prefix) -> Tensor:
     """One prefix of any kind as the keys and values it comes to in this model, (L, 2, P, C)."""
     prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
     # (1, H, 1, P, D) each to (P, C)
-    pieces = [[each[0, :, 0].transpose(0, 1).flatten(1) for each in layer[0]] for layer in model.past_of_prefix(prefix)]
+    pieces = [[each[0, :, 0].transpose(0, 1).flatten(1) for each in layer[0]] for layer in model.prefix_cache(prefix)]
     return torch.stack([torch.stack(layer) for layer in pieces])
 
 
@@ -214,7 +214,7 @@ def initial_prefix(
     seen: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
     try:
-        model.extend(read)
+        model.forward_cached(read)
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mingpt import checkpoint, distributed
-from mingpt.batches import Batch, IndexBatches, JointDataset
+from mingpt import distributed
 from mingpt.datasets import IGNORED, CustomDataset
+from mingpt.distributed.sharding import distribute_like, fully_shard
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.optim import build_optimizer, learning_rate_factor
-from mingpt.precision import autocast, resolve_precision
 from mingpt.prefix import Prefix, Reparametrization, as_prefix
-from mingpt.sharding import fully_shard, split_like
+from mingpt.storage import checkpoint
+from mingpt.training.batches import Batch, IndexBatches, JointDataset
+from mingpt.training.metrics import RUNTIME_KEYS, watch
+from mingpt.training.optimizers import build_optimizer, learning_rate_factor
+from mingpt.training.precision import autocast, resolve_precision
 from mingpt.utils import CfgNode
-from mingpt.watch import WATCHING, watch
 
 
 class Trainer:
@@ -183,16 +184,16 @@ class Trainer:
             raise ValueError(f"{n_processes} processes cannot share {config.batch_size} rows; raise batch_size")
         self.iter_num, self.seconds = 0, 0.0
         # As minGPT's sampler, it follows set_seed.
-        self._data_seed = distributed.once(lambda: int(torch.randint(2**62, ())))
+        self._data_seed = distributed.run_on_main(lambda: int(torch.randint(2**62, ())))
         tensors = [*self.model.parameters(), *self.trained_tensors().values()]
-        distributed.make_same(tensor for tensor in tensors if not isinstance(tensor, DTensor))
+        distributed.broadcast(tensor for tensor in tensors if not isinstance(tensor, DTensor))
         self._forward = self._wrap_model()
         self.optimizer = self.build_optimizer()
         for group in self.optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"]
         if distributed.rank():  # each process has its own dropout
             torch.manual_seed(self._data_seed + distributed.rank())
-        if config.checkpoint_path and distributed.once(lambda: Path(config.checkpoint_path).exists()):
+        if config.checkpoint_path and distributed.run_on_main(lambda: Path(config.checkpoint_path).exists()):
             self._resume(config.checkpoint_path)
         self.set_mode()
         with watch(self) as report:
@@ -215,7 +216,7 @@ class Trainer:
     def _step(self, x: Tensor, y: Tensor) -> None:
         factor = learning_rate_factor(self.iter_num, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         # The gradient of the mean over all processes' targets is the mean of theirs, weighted by how many each has.
         self._weight = self._weight_of(y)
@@ -229,14 +230,14 @@ class Trainer:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of every process's value, weighted by its share of the batch's targets."""
-        return distributed.total(value * self._weight) / distributed.world_size()
+        return distributed.all_reduce_sum(value * self._weight) / distributed.world_size()
 
     def _weight_of(self, y: Tensor) -> Tensor | float:
         """How many times the average number of targets this process has, of all in the batch."""
         if distributed.world_size() == 1:
             return 1.0
         own = (y != IGNORED).sum().float()
-        return own * distributed.world_size() / distributed.total(own.clone())
+        return own * distributed.world_size() / distributed.all_reduce_sum(own.clone())
 
     def _wrap_model(self) -> Any:
         """What is called in the place of the model: it keeps the processes' gradients or parameters in step."""
@@ -281,7 +282,7 @@ class Trainer:
         model_config, data = getattr(self.model, "config", None), self.train_dataset
         return {
             "trainer": type(self).__name__,
-            "recipe": {k: v for k, v in config.items() if k not in WATCHING} | {"precision": self.precision},
+            "recipe": {k: v for k, v in config.items() if k not in RUNTIME_KEYS} | {"precision": self.precision},
             "model": model_config.to_dict() if isinstance(model_config, CfgNode) else None,
             "data": data.describe()
             if hasattr(data, "describe")
@@ -292,7 +293,7 @@ class Trainer:
         """Write all that the rest of the run depends on to ``checkpoint_path``; all processes must get here."""
         optimizer, skeleton = checkpoint.flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors = {f"trained.{name}": tensor for name, tensor in self.trained_tensors().items()} | optimizer
-        for number, states in enumerate(distributed.gather(_rng_states())):
+        for number, states in enumerate(distributed.all_gather(_rng_states())):
             tensors |= {f"rng.{kind}{number or ''}": state for kind, state in states.items()}
         state = {
             "iter_num": self.iter_num,
@@ -313,11 +314,11 @@ class Trainer:
         checkpoint.require_equal(path, "trained", shapes, own_shapes)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(split_like(saved[name], tensor))
+                tensor.copy_(distribute_like(saved[name], tensor))
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
         if self.config.parallel == "fsdp":
             for parameter, own in self.optimizer.state.items():
-                own |= {k: split_like(v, parameter) for k, v in own.items() if v.shape == parameter.shape}
+                own |= {k: distribute_like(v, parameter) for k, v in own.items() if v.shape == parameter.shape}
         self.iter_num, self.seconds, self._data_seed = state["iter_num"], state["seconds"], state["data_seed"]
         number = distributed.rank() or ""
         if f"rng.cpu{number}" in tensors:  # fewer processes may have saved it
@@ -357,7 +358,7 @@ class AdapterTrainer(Trainer):
     def average_gradients(self) -> None:
         for tensor in self._learned():
             assert tensor.grad is not None
-            distributed.total(tensor.grad.div_(distributed.world_size()))
+            distributed.all_reduce_sum(tensor.grad.div_(distributed.world_size()))
 
     def clip_gradients(self) -> None:
         nn.utils.clip_grad_norm_(self._learned(), self.config.grad_norm_clip)
@@ -444,9 +445,9 @@ class PrefixTrainer(AdapterTrainer):
                 raise ValueError(f"the prefix is on {tensor.device}, training is on {self.device}; move it there first")
             tensor.requires_grad_()
         for dataset in datasets:
-            if getattr(dataset, "prefix_padding", prefix.n_places) < prefix.n_places:
+            if getattr(dataset, "prefix_padding", prefix.n_placeholders) < prefix.n_placeholders:
                 raise ValueError(
-                    f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_places} prefix positions"
+                    f"prefix_padding = {dataset.prefix_padding} is too short for {prefix.n_placeholders} prefix positions"
                 )
         if len({(getattr(d, "length", None), getattr(d, "prefix_padding", None)) for d in datasets}) > 1:
             raise ValueError("prefixes that are trained together need datasets of one length and one prefix_padding")

@@ -24,10 +24,11 @@ import torch._dynamo  # (like the next two, to import it once for all processes)
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
-from mingpt import distributed, experiment, multistep, tasks
+from mingpt import distributed, tasks
 from mingpt.datasets import CustomDataset
+from mingpt.experiments import multistep, reproduction
+from mingpt.experiments.predictor import Predictor
 from mingpt.model import GPT
-from mingpt.predictor import Predictor
 from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import set_seed
 
@@ -62,9 +63,9 @@ def random_rows(n: int, length: int = 6) -> list[list[int]]:
 
 
 def generating_predictor(model: GPT, is_sampled: bool, on_batch=lambda batch: None, **options) -> Predictor:
-    def predict(batch, draws):
+    def predict(batch, sample_seeds):
         on_batch(batch)
-        new = {"do_sample": is_sampled, "seed": draws.seed, "row_numbers": draws.indices}
+        new = {"do_sample": is_sampled, "seed": sample_seeds.seed, "row_numbers": sample_seeds.indices}
         return model.generate(batch, N_NEW, **new)[:, -N_NEW:]
 
     return Predictor(torch.tensor, predict, model=model, **options)
@@ -109,7 +110,7 @@ def split_model(folder: Path, shape: list[int], rules: list[list]) -> dict:
 
     whole, model, rows = random_model(), random_model(), random_rows(11)
     prefix = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2))
-    distributed.start()
+    distributed.init_process_group()
     mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("data", "model"))
     placed = [(pattern, Shard(dimension)) for pattern, dimension in rules]
     options = {"mesh": mesh, "sharding_rules": placed, "seed": 3}
@@ -235,7 +236,7 @@ def train(folder: Path, kind: str, n_iters: int, end: int | None = None, **chang
 
 def evaluate(folder: Path) -> dict:
     """The scores of a run's model and prefixes in another folder, which are shared out."""
-    config = experiment.get_default_config("smoke")
+    config = reproduction.get_default_config("smoke")
     for key, value in {
         "model.n_embd": 8,
         "trainer.max_iters": 2,
@@ -245,7 +246,7 @@ def evaluate(folder: Path) -> dict:
         config.override(key, value)
     config.override("evaluation.n_rows", 20)
     config.override("evaluation.precision", "float32")
-    results = experiment.reproduce(config, folder / "run")
+    results = reproduction.reproduce(config, folder / "run")
     return {"tasks": results["tasks"], "matrix": results["matrix"], "mixed": results["mixed"]}
 
 

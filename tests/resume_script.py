@@ -16,9 +16,10 @@ import safetensors.torch  # noqa: F401 (like the next, to import it once for all
 import torch
 import torch._dynamo
 
-from mingpt import checkpoint, tasks
+from mingpt import tasks
 from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
+from mingpt.storage import checkpoint
 from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import set_seed
 

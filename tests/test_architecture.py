@@ -1,8 +1,9 @@
-"""The layers of the package: a module imports only from layers below its own, and heavy packages only when used."""
+"""The floors of the package: what a module may import, no circles, and heavy packages only when used."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -13,20 +14,28 @@ import pytest
 import mingpt
 
 PACKAGE = Path(mingpt.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ROOT_LIMIT = 12
 
-LAYERS = [
-    {"utils", "tasks", "automata", "precision", "past", "distributed"},
-    {"datasets", "prefix", "logits_processors", "optim", "sharding", "lora"},
-    {"generation", "batches", "constraints", "grammar", "checkpoint"},
-    {"model", "predictor", "watch"},
-    {"trainer", "evaluation", "visualization", "store"},
-    {"multistep", "analysis", "interop", "constructions", "stages"},
-    {"experiment", "comparison"},
+FLOORS = [
+    {"utils", "tasks", "kv_cache", "distributed"},
+    {"datasets", "prefix", "lora"},
+    {"decoding"},
+    {"model"},
+    {"storage", "training"},
+    {"trainer", "evaluation"},
+    {"analysis", "experiments"},
     {"cli", "data_tools"},
     {"__main__"},
 ]
-LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
+"""Modules of the root and folders, from the ground up; CONTRIBUTING.md says what each is for."""
+
+FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+"""Every module's file by its name within the package, "prefix" or "decoding.automata"; a folder is its ``__init__``."""
 
 
 def package_imports(source: str) -> set[str]:
@@ -41,16 +50,22 @@ def package_imports(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["mingpt" if node.level else "", node.module]))
-            found.update([base] + [f"{base}.{alias.name}" for alias in node.names])
+            assert not node.level, "imports are absolute"
+            found.update(
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}".removeprefix("mingpt.") in MODULES
+                else str(node.module)
+                for alias in node.names
+            )  # fmt: skip
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found.update(arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(source))
-    inside = {name.split(".")[1] for name in found if name.startswith("mingpt.")}
-    return inside & (LAYER_OF.keys() | set(MODULES))
+    return {name.removeprefix("mingpt.") for name in found if name.startswith("mingpt.")}
+
+
+IMPORTS = {name: package_imports(path.read_text()) for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize(
@@ -59,10 +74,10 @@ def package_imports(source: str) -> set[str]:
         ("import os, mingpt", set()),
         ("import mingpt.model as m", {"model"}),
         ("import mingpt.model, mingpt.tasks", {"model", "tasks"}),
-        ("from mingpt import __version__, generation", {"generation"}),
+        ("from mingpt import __version__, distributed", {"distributed"}),
         ("from mingpt.tasks import Task, Add1", {"tasks"}),
-        ("from . import utils", {"utils"}),
-        ("from .prefix import Prefix", {"prefix"}),
+        ("from mingpt.decoding import generate, automata", {"decoding", "decoding.automata"}),
+        ("from mingpt.decoding.automata import DFA", {"decoding.automata"}),
         ("def f():\n    class A:\n        from mingpt.trainer import Trainer", {"trainer"}),
         ("try:\n    import mingpt.cli\nexcept ImportError:\n    pass", {"cli"}),
         ("import importlib\nimportlib.import_module('mingpt.model')", {"model"}),
@@ -76,21 +91,44 @@ def test_imports_are_found(source, expected):
     assert package_imports(source) == expected
 
 
-def test_every_module_has_a_layer():
-    assert MODULES, PACKAGE
-    assert set(MODULES) <= set(LAYER_OF), "give the new module a place in LAYERS and in CONTRIBUTING.md"
-    assert sum(map(len, LAYERS)) == len(LAYER_OF), "a module is in two layers"
-    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert folders == {"."}, "the package is flat"
+def test_every_module_has_a_floor():
+    tops = {name.split(".")[0] for name in MODULES}
+    assert tops == set(FLOOR_OF), "give the new module or folder a floor in FLOORS and a line in CONTRIBUTING.md"
+    assert sum(map(len, FLOORS)) == len(FLOOR_OF), "a module is on two floors"
+    in_root = [path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+    assert len(in_root) <= ROOT_LIMIT, "the root holds what the sandbox is about; a capability has a folder"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    imported = package_imports((PACKAGE / f"{module}.py").read_text())
-    assert {module, *imported} <= LAYER_OF.keys(), "give the new module a place in LAYERS"
-    upward = {other for other in imported if LAYER_OF[other] >= LAYER_OF[module]}
-    assert not upward, f"{module} (layer {LAYER_OF[module]}) imports {', '.join(sorted(upward))}, not below it"
-    assert "data_tools" not in imported, "data_tools is for notebooks; import from where the name lives"
+    """A module imports from its own folder and from the floors below; two folders of one floor are strangers."""
+    top = module.split(".")[0]
+    others = {name.split(".")[0] for name in IMPORTS[module]} - {top}
+    upward = {other for other in others if FLOOR_OF[other] > FLOOR_OF[top]}
+    assert not upward, f"{module} (floor {FLOOR_OF[top]}) imports {', '.join(sorted(upward))}, which are above it"
+    assert "data_tools" not in others, "data_tools is for notebooks; import from where the name lives"
+    if module != top:
+        assert top not in IMPORTS[module], f"{module} imports its own folder; import from the file"
+
+
+def test_there_is_no_circle():
+    tops = {name: {other.split(".")[0] for other in IMPORTS[name]} - {name.split(".")[0]} for name in IMPORTS}
+    of_folders: dict[str, set[str]] = {}
+    for name, others in tops.items():
+        of_folders.setdefault(name.split(".")[0], set()).update(others)
+    for graph in (IMPORTS, of_folders):
+        tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("folder", [name for name, path in MODULES.items() if path.name == "__init__.py"])
+def test_a_folder_names_its_public_api(folder):
+    """Its ``__init__`` says what is inside, and holds imports and ``__all__`` only."""
+    tree = ast.parse(MODULES[folder].read_text())
+    assert len((ast.get_docstring(tree) or "").splitlines()) >= 3, "say in a few lines what is inside"
+    assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree.body)
+    imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    (names,) = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    assert sorted(imported) == sorted(ast.literal_eval(names)), "__all__ names what is imported"
 
 
 def test_the_package_itself_imports_nothing():
@@ -105,7 +143,7 @@ def test_importing_is_light_and_silent():
 import importlib, sys
 for module in {modules!r}:
     importlib.import_module("mingpt." + module)
-heavy = ["matplotlib", "seaborn", "transformers", "peft", "llguidance", "tensorboard"]
+heavy = ["matplotlib", "seaborn", "pandas", "transformers", "peft", "llguidance", "tensorboard"]
 for name in sorted(sys.modules):
     if name in heavy:
         print(name)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import compositions
+from properties import compositions
 from torch.utils.data import DataLoader
 
 import mingpt

@@ -21,8 +21,9 @@ from reference import (
     reference_rows,
 )
 
-from mingpt.constraints import MonotoneConstraint
 from mingpt.datasets import CustomDataset
+from mingpt.decoding.constraints import MonotoneConstraint
+from mingpt.decoding.logits_processors import SuppressedTokens
 from mingpt.evaluation import (
     AccuracyMatrix,
     Score,
@@ -34,7 +35,6 @@ from mingpt.evaluation import (
     score_table,
     solve,
 )
-from mingpt.logits_processors import SuppressedTokens
 from mingpt.prefix import Prefix
 from mingpt.tasks import SIMPLE_TASKS, Add1, Divisible, InverseBinary, LessThan, Modulo, SortAscending, SortDescending
 from mingpt.trainer import PrefixTrainer, Trainer
@@ -67,8 +67,8 @@ class FakeModel:
         self.training = mode
         return self
 
-    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=(), pressure_record=None):
-        assert pressure_record is None
+    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=(), forbidden_mass_record=None):
+        assert forbidden_mass_record is None
         assert not self.training
         assert not torch.is_grad_enabled()
         assert (tokens[:, : self.padding] == 0).all()
@@ -676,11 +676,11 @@ def test_the_effect_of_a_constraint_is_both_scores_and_what_it_forbade(half_trai
     inputs, _ = dataset.rows(range(30))
     prompts = torch.cat([torch.zeros(30, dataset.prefix_padding, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
     record = []
-    model.eval().generate(prompts, dataset.length, logits_processors=[constraint], pressure_record=record)
+    model.eval().generate(prompts, dataset.length, logits_processors=[constraint], forbidden_mass_record=record)
     expected = torch.stack(record)[..., 0].mean(dim=1)
-    assert effect.pressure == pytest.approx(expected.tolist(), abs=1e-5)
-    assert effect.pressure[0] == pytest.approx(0, abs=1e-6)  # the first output may be any
-    assert max(effect.pressure) > 0.01
+    assert effect.forbidden_mass == pytest.approx(expected.tolist(), abs=1e-5)
+    assert effect.forbidden_mass[0] == pytest.approx(0, abs=1e-6)  # the first output may be any
+    assert max(effect.forbidden_mass) > 0.01
 
 
 def test_the_pressure_of_two_constraints_is_what_is_not_left(half_trained):
@@ -689,7 +689,7 @@ def test_the_pressure_of_two_constraints_is_what_is_not_left(half_trained):
     first, second = SuppressedTokens([0, 1]), SuppressedTokens([1, 2, 3])
     together = constraint_effect(model, dataset, [first, second], n_rows=20, precision="float32")
     union = constraint_effect(model, dataset, [SuppressedTokens([0, 1, 2, 3])], n_rows=20, precision="float32")
-    assert together.pressure == pytest.approx(union.pressure, abs=1e-5)
+    assert together.forbidden_mass == pytest.approx(union.forbidden_mass, abs=1e-5)
 
 
 def test_a_score_table_has_the_published_value_beside_ours():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import random_model, reference_forward, reference_loss
 
 from mingpt.model import GPT, PRESETS
-from mingpt.precision import autocast
+from mingpt.training.precision import autocast
 from mingpt.utils import CfgNode, set_seed
 
 B, T, L, H, C, V, BLOCK = 3, 11, 2, 4, 24, 11, 13  # random_model's sizes
@@ -107,10 +107,10 @@ def test_either_gelu_is_the_naive_one(gelu_approximate):
 
 def test_the_past_is_what_was_read_before():
     model, idx = random_model(), random_tokens()
-    whole, _ = model.extend(idx)
+    whole, _ = model.forward_cached(idx)
     past, pieces = None, []
     for start, end in ((0, 4), (4, 5), (5, 6), (6, T)):
-        logits, past = model.extend(idx[:, start:end], past)
+        logits, past = model.forward_cached(idx[:, start:end], past)
         pieces.append(logits)
         assert len(past) == L
         assert sum(keys.shape[3] for keys, _ in past[-1]) == end
@@ -130,19 +130,19 @@ def test_the_loss_scores_only_targets_that_are_given():
 # ------------------------------------------------------------------------------------- what may depend on what
 
 
-@pytest.mark.parametrize("n_past", [0, 4])
-def test_causality_by_gradients(n_past):
+@pytest.mark.parametrize("n_cached", [0, 4])
+def test_causality_by_gradients(n_cached):
     """Each position's logits depend on its own and every earlier embedding of its own row, and on nothing else."""
     model, n_tokens = random_model(), 6
     generator = torch.Generator().manual_seed(3)
     past = None
-    if n_past:
+    if n_cached:
         past = [
-            [tuple(torch.randn(1, H, 1, n_past, C // H, generator=generator, requires_grad=True) for _ in range(2))]
+            [tuple(torch.randn(1, H, 1, n_cached, C // H, generator=generator, requires_grad=True) for _ in range(2))]
             for _ in range(L)
         ]
     embeddings = torch.randn(B, n_tokens, C, generator=generator, requires_grad=True)
-    logits, _ = model.extend(None, past, embeddings=embeddings)  # (B, T, V)
+    logits, _ = model.forward_cached(None, past, embeddings=embeddings)  # (B, T, V)
     direction = torch.randn(V, generator=generator)
     flat_past = [part for layer in past or () for piece in layer for part in piece]
     for row in range(B):

@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import random_model, reference_forward, reference_generate, reference_loss
 
-from mingpt.generation import beam_search
-from mingpt.precision import autocast
+from mingpt.decoding.generation import beam_search
 from mingpt.prefix import (
     Prefix,
     Reparametrization,
-    activation_past,
+    activation_cache,
     as_prefix,
     average,
     concatenate,
     initial_prefix,
     interpolate,
-    key_value_past,
+    key_value_cache,
 )
+from mingpt.training.precision import autocast
 
 B, T, L, H, P, C, V = 3, 13, 2, 4, 5, 24, 11  # random_model's sizes
 N = T - P  # content tokens
@@ -120,12 +120,12 @@ def test_logits_are_the_naive_splices_at_any_size(kind, n_rows, n_content, n_pre
 
 def test_the_past_of_an_activation_prefix_is_a_key_value_prefix():
     model, idx, values = random_model(), random_tokens(), random_values("activation")
-    past = activation_past(model.blocks, values[None])  # L layers of one pair of (1, H, 1, P, D)
+    past = activation_cache(model.blocks, values[None])  # L layers of one pair of (1, H, 1, P, D)
     assert [part.shape for (pair,) in past for part in pair] == [(1, H, 1, P, C // H)] * (2 * L)
     key_value = torch.stack([torch.stack([part.transpose(1, 3).reshape(P, C) for part in pair]) for (pair,) in past])
     assert key_value.shape == SHAPES["key_value"]
     assert_close(model(idx, prefixes=key_value)[0], model(idx, prefixes=values)[0])
-    for (own,), (split,) in zip(past, key_value_past(key_value[None], H), strict=True):
+    for (own,), (split,) in zip(past, key_value_cache(key_value[None], H), strict=True):
         assert torch.equal(own[0], split[0])
         assert torch.equal(own[1], split[1])
 
@@ -201,9 +201,9 @@ def test_without_rows_each_prefix_has_its_share_of_consecutive_rows(kind, rows_e
 def test_a_group_of_rows_reads_on():
     """What a batch has read after K prefixes is a past that it can read on from."""
     model, values, idx = random_model(), random_values("activation", K), random_tokens(2 * K)
-    past = model.past_of_prefix(Prefix("activation", values))
-    first, past = model.extend(idx[:, P : P + 3], past)
-    second, _ = model.extend(idx[:, P + 3 :], past)
+    past = model.prefix_cache(Prefix("activation", values))
+    first, past = model.forward_cached(idx[:, P : P + 3], past)
+    second, _ = model.forward_cached(idx[:, P + 3 :], past)
     whole, _ = model(idx, prefixes=Prefix("activation", values))
     assert_close(torch.cat([first, second], dim=1), whole[:, P:])
 
@@ -469,7 +469,7 @@ def test_a_concatenation_in_the_place_of_one_is_attended_to_whole(kind):
     longer.load_state_dict(weights | {name: torch.cat([weights[name][:P], weights[name]])})
     idx = random_tokens()
     both = concatenate(list(values), places=P)
-    assert (both.n_positions, both.n_places) == (2 * P, P)
+    assert (both.n_positions, both.n_placeholders) == (2 * P, P)
     expected = reference_forward(longer, F.pad(idx, (P, 0)), torch.cat(list(values), dim=-2), kind)
     assert_close(model(idx, prefixes=both)[0][:, P:], expected[:, 2 * P :])
     turned = concatenate([values[1], Prefix(kind, values[:1])], places=P)  # their order is nothing that attention sees

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import bracketings, check_task_laws, compose_or_none, compositions, contains, draw_rows, posed_rows
+from properties import bracketings, check_task_laws, compose_or_none, compositions, contains, draw_rows, posed_rows
 
 from mingpt.datasets import CustomDataset
 from mingpt.tasks import (

@@ -15,12 +15,13 @@ import resume_script
 import torch
 from torch import nn
 
-from mingpt import checkpoint, tasks
-from mingpt.checkpoint import CheckpointError
+from mingpt import tasks
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, Reparametrization
+from mingpt.storage import checkpoint
+from mingpt.storage.checkpoint import CheckpointError
 from mingpt.trainer import PrefixTrainer, Trainer, batch_end_callback
 from mingpt.utils import CfgNode, set_seed
 

@@ -1,0 +1,122 @@
+"""Transformers that do whatever their one virtual token says: constructions, in this package's own GPT.
+
+Legend: V vocabulary, N length, G gates, C channels.
+
+Petrov et al. (2024, section 3) prove that a fixed transformer exists which a single virtual token makes generate any
+sequence at all, and another which one makes compute any function of a token. So it is not that a prefix holds too
+little: learned prefixes fail because pretrained weights are no such interpreters. These models are built in their
+manner, smaller: one layer, one head, weights written down instead of learned, exact in float32.
+
+The virtual token's value is a table of G rows of V, a one in each. All attention goes to it, so every position has the
+table in its residual stream, and beside it one of G gates: its own position, or the token that it reads. A hidden unit
+of the MLP for each entry of the table is on where the entry and its row's gate are, and votes for the entry's token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mingpt.model import GPT
+from mingpt.prefix import Prefix
+
+_SCORE = 100.0
+"""The virtual token's attention score, where the content's is 0: what the content gets is below float32's rounding."""
+
+_STEEP = 40.0
+"""How far a hidden unit is from zero, on or off, times two: GELU is the identity on one side and zero on the other."""
+
+
+def sequence_interpreter(vocab_size: int, length: int) -> GPT:
+    """A GPT that generates the sequence its virtual token says, one of V^N, after any one first token.
+
+    Args:
+        vocab_size: V.
+        length: N.
+
+    Returns:
+        A GPT of block_size N + 1, whose virtual tokens ``program`` makes from rows (N,) of what to generate.
+
+    Source: after theorem 1 of Petrov et al. 2024.
+    """
+    model = _interpreter(vocab_size, length, block_size=length + 1)
+    with torch.no_grad():
+        model.transformer.wpe.weight[1:, :length] = torch.eye(length)  # position 0 is the virtual token's
+    return model
+
+
+def function_interpreter(vocab_size: int) -> GPT:
+    """A GPT that follows any token x by f(x), where f is what its virtual token says, one of V^V functions.
+
+    Args:
+        vocab_size: V.
+
+    Returns:
+        A GPT of block_size 2, whose virtual tokens ``program`` makes from rows (V,) of f(0), f(1), ...
+
+    Source: after theorem 2 of Petrov et al. 2024.
+    """
+    model = _interpreter(vocab_size, vocab_size, block_size=2)
+    with torch.no_grad():
+        model.transformer.wte.weight[:, :vocab_size] = torch.eye(vocab_size)
+    return model
+
+
+def program(model: GPT, tables: Tensor) -> Prefix:
+    """The virtual tokens that make an interpreter do what tables say.
+
+    Args:
+        model: of ``sequence_interpreter`` or ``function_interpreter``.
+        tables: (K, G) of int64, a token for each gate.
+
+    Returns:
+        K key_value prefixes of one position, one for each row of a batch.
+
+    Raises:
+        ValueError: if the tables do not fit the model.
+    """
+    vocab_size, n_embd = model.config.vocab_size, model.config.n_embd
+    n_gates = (n_embd - vocab_size) // (vocab_size + 1)
+    if tables.ndim != 2 or tables.shape[1] != n_gates or not ((tables >= 0) & (tables < vocab_size)).all():
+        raise ValueError(
+            f"the tables must be (K, {n_gates}) tokens from 0 to {vocab_size - 1}, got {tuple(tables.shape)} "
+            f"from {tables.min()} to {tables.max()}"
+        )
+    values = torch.zeros(len(tables), 1, 2, 1, n_embd)
+    values[:, 0, 0, 0, 0] = _SCORE * n_embd**0.5  # the key, for queries that are 1 in channel 0
+    rows = nn.functional.one_hot(tables, vocab_size).flatten(1)
+    values[:, 0, 1, 0, n_gates : n_gates + rows.shape[1]] = rows.float()
+    return Prefix("key_value", values)
+
+
+def _interpreter(vocab_size: int, n_gates: int, block_size: int) -> GPT:
+    """All of an interpreter but the embeddings that open its gates. Channels: the gates, the table, the votes."""
+    n_entries = n_gates * vocab_size
+    n_embd = n_gates + n_entries + vocab_size
+    config = GPT.get_default_config()
+    config.merge_from_dict({"model_type": None, "n_layer": 1, "n_head": 1, "n_embd": n_embd, "skip_layer_norm": True})
+    config.merge_from_dict({"vocab_size": vocab_size, "block_size": block_size})
+    model = GPT(config).eval()
+    block = model.blocks[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        block.attn.c_attn.bias[0] = 1.0  # every query; the content's keys and values are zero
+        block.attn.c_proj.weight.copy_(torch.eye(n_embd))
+        _invert_layernorm(block.ln_2, n_ones=1 + n_gates)
+        entry = torch.arange(n_entries)
+        hidden, out = block.mlp.c_fc, block.mlp.c_proj
+        hidden.weight[entry, entry // vocab_size] = _STEEP
+        hidden.weight[entry, n_gates + entry] = _STEEP
+        hidden.bias.fill_(-1.5 * _STEEP)
+        out.weight[n_gates + n_entries + entry % vocab_size, entry] = 2 / _STEEP
+        _invert_layernorm(model.transformer.ln_f, n_ones=2 + n_gates)
+        model.lm_head.weight[:, n_gates + n_entries :] = torch.eye(vocab_size)
+    return model
+
+
+def _invert_layernorm(norm: nn.LayerNorm, n_ones: int) -> None:
+    """Have a LayerNorm leave as it is what holds this many ones and else zeros: its mean and variance are known."""
+    mean = n_ones / norm.normalized_shape[0]
+    norm.weight.fill_((mean - mean**2 + norm.eps) ** 0.5)
+    norm.bias.fill_(mean)

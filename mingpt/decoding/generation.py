@@ -1,0 +1,327 @@
+"""The decode loop, over any model that maps (tokens, past) to (logits, past), and what chooses the next token.
+
+Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W beams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mingpt.decoding.logits_processors import (
+    Constraint,
+    Context,
+    LogitsFunction,
+    LogitsProcessor,
+    Temperature,
+    TopK,
+    as_processors,
+    describe_row,
+)
+from mingpt.kv_cache import Cache, KVCache, n_positions
+from mingpt.prefix import Prefix, as_prefix
+
+if TYPE_CHECKING:
+    from mingpt.model import GPT, Record
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    do_sample: bool = False,
+    top_k: int | None = None,
+    prefixes: Tensor | Prefix | None = None,
+    activations_record: Record | None = None,
+    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    row_numbers: Sequence[int] | None = None,
+    stop_token: int | None = None,
+    forbidden_mass_record: list[Tensor] | None = None,
+) -> Tensor:
+    """Continue prompts token by token, greedily or by sampling.
+
+    Keys and values of what was read are kept, so each token is read once. A prompt that outgrows ``block_size`` is
+    cropped to its last ``block_size`` tokens, as minGPT does; their positions move then, and all of them are read anew.
+    Rows that have met the stop token leave the batch. Where constraints leave one token to every row, it is taken
+    without asking the model, unless a processor with a state would miss that.
+
+    Args:
+        model: a GPT, usually in ``eval()`` mode.
+        idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
+        max_new_tokens: how many tokens to add.
+        temperature: what the logits are divided by, after the processors.
+        do_sample: draw each token from the distribution instead of taking the likeliest.
+        top_k: leave only the k likeliest tokens to draw from.
+        prefixes: see ``mingpt.prefix.as_prefix``.
+        activations_record: a list that receives the activations of all tokens but the last, in one pass.
+        logits_processors: see ``mingpt.decoding.logits_processors``; functions (tokens, logits) -> logits are welcome too.
+        generator: the source of the seed, where none is given.
+        seed: of sampling; a row's draws are a function of it and the row's number, whatever else is in the batch.
+        row_numbers: B of them, where the batch is a part of something longer; 0, 1, ... by default.
+        stop_token: a row ends with it and is filled up with it.
+        forbidden_mass_record: a list that receives, for each step, (B, number of constraints): the probability that each
+            constraint forbids, of the logits that it gets; not a number for rows that have ended.
+
+    Returns:
+        (B, T + max_new_tokens) of int64, prompts and continuations.
+
+    Raises:
+        ValueError: for a prompt, temperature or top_k that makes no sense, and where the processors leave a row no
+            token.
+    """
+    processors = as_processors(logits_processors)
+    processors += [Temperature(temperature)] if temperature != 1 else []
+    processors += [TopK(top_k)] if top_k is not None else []
+    if not do_sample:
+        seed = None
+    elif seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    batch, n_prompt = idx.shape
+    numbers = np.arange(batch) if row_numbers is None else np.asarray(row_numbers, dtype=np.int64)
+    if numbers.shape != (batch,):
+        raise ValueError(f"{numbers.size} row_numbers for {batch} rows; give one for each")
+    rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
+    tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
+    for step in range(max_new_tokens):
+        chosen = rows.forced() if forbidden_mass_record is None else None
+        if chosen is None:
+            logits = rows.processed(rows.read(), forbidden_mass_record)
+            if processors:
+                rows.require_choice(logits.amax(dim=-1))
+            if seed is None:
+                chosen = logits.argmax(dim=-1)
+            else:
+                draws = _uniform(seed, step, numbers).to(idx.device)
+                chosen = _draw(logits, draws[rows.origin])
+        rows.append(chosen)
+        tokens[rows.origin, n_prompt + step] = chosen
+        if stop_token is not None:
+            goes_on = (chosen != stop_token).nonzero().flatten()
+            if len(goes_on) < len(chosen):
+                rows.select(goes_on)
+            if not len(goes_on):
+                break
+    if activations_record is not None and max_new_tokens:
+        model(tokens[:, :-1][:, -model.block_size :], prefixes=prefixes, activations_record=activations_record)
+    return tokens
+
+
+@torch.no_grad()
+def beam_search(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    n_beams: int,
+    *,
+    prefixes: Tensor | Prefix | None = None,
+    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    stop_token: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Search for the likeliest continuations, keeping the W best beginnings at every step.
+
+    Args:
+        model: a GPT, usually in ``eval()`` mode.
+        idx: (B, T) of int64, the prompts; see ``generate``.
+        max_new_tokens: how many tokens to add.
+        n_beams: W.
+        prefixes: see ``mingpt.prefix.as_prefix``.
+        logits_processors: they process log-probabilities, as in transformers; what a constraint forbids is not shared
+            out among the rest, so a score is the model's own.
+        stop_token: a continuation ends with it and is filled up with it, at no cost.
+
+    Returns:
+        (B, W, T + max_new_tokens) of int64, the best first; and their scores (B, W), the sums of the log-probabilities
+        in nats, minus infinity where there are fewer than W continuations.
+
+    Raises:
+        ValueError: as ``generate`` does; a beginning that nothing may follow is given up while there are others.
+    """
+    if n_beams < 1:
+        raise ValueError(f"n_beams must be at least 1, got {n_beams}")
+    batch = len(idx)
+    rows = Decoding(model, idx, max_new_tokens, prefixes, as_processors(logits_processors), None)
+    scores = torch.zeros(batch, 1, device=idx.device)
+    for step in range(max_new_tokens):
+        has_ended = None if stop_token is None or step == 0 else rows.tokens[:, -1] == stop_token
+        log_p = rows.processed(F.log_softmax(rows.read(), dim=-1))
+        if has_ended is not None:
+            stop = torch.full_like(log_p[:1], float("-inf"))
+            stop[:, stop_token] = 0
+            log_p = torch.where(has_ended[:, None], stop, log_p)
+        width, n_tokens = scores.shape[1], log_p.shape[1]
+        sums = (scores[:, :, None] + log_p.view(batch, width, n_tokens)).flatten(1)
+        sums = F.pad(sums, (0, max(0, n_beams - sums.shape[1])), value=float("-inf"))
+        scores, place = sums.topk(n_beams, dim=1)
+        rows.require_choice(scores[:, :1].repeat_interleave(width, dim=0)[:, 0])
+        place = torch.where(scores.isneginf(), place[:, :1], place)  # a beam that is missing repeats the best one
+        first = width * torch.arange(batch, device=idx.device)[:, None]
+        rows.select((first + place // n_tokens).flatten())
+        rows.append((place % n_tokens).flatten())
+    tokens = rows.tokens.view(batch, -1, rows.tokens.shape[1])
+    return tokens.expand(-1, n_beams, -1), scores.expand(-1, n_beams)
+
+
+class Decoding:
+    """Rows that are being decoded: their tokens, what the model has read of them, and their processors' states.
+
+    Attributes:
+        tokens: (B, T) of int64, the rows so far.
+        origin: (B,) of int64, which prompt each of them continues.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        idx: Tensor,
+        n_new: int,
+        prefixes: Tensor | Prefix | None,
+        processors: list[LogitsProcessor],
+        generator: torch.Generator | None,
+    ):
+        """Check that the prompts can be continued, and have the processors make their states."""
+        batch, n_prompt = idx.shape
+        if n_new < 0:
+            raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
+        config = model.config
+        self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
+        n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
+        if n_prompt <= n_prefix:
+            raise ValueError(
+                f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue"
+            )
+        if n_prefix >= model.block_size:
+            raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
+        self.model, self.tokens, self.origin = model, idx, torch.arange(batch, device=idx.device)
+        self.n_prompt, self.n_new, self.generator, self.processors = n_prompt, n_new, generator, processors
+        self._n_rows, self._n_read = batch, 0
+        self._cache: list[KVCache] | None = None
+        self._allowed: dict[int, Tensor] | None = None
+        self._states = [processor.init(self._context()) for processor in processors] if n_new else []
+        is_constraint = [isinstance(processor, Constraint) for processor in processors]
+        # A processor with a state has to see every step, and only constraints can without logits.
+        self._can_jump = any(is_constraint) and all(
+            constrains or not state for constrains, state in zip(is_constraint, self._states, strict=False)
+        )
+
+    def read(self) -> Tensor:
+        """The model's logits (B, V) of float32 of what follows, after reading what it has not read yet."""
+        model, window = self.model, self.tokens[:, -self.model.block_size :]
+        if self._cache is None or self.tokens.shape[1] > model.block_size:
+            shared, n_shared = self._shared(window)
+            logits, past = model.forward_cached(window[:, n_shared:], shared, n_last=1, start=n_shared)
+            room = min(self.n_prompt + self.n_new, model.block_size) + n_positions(shared) - n_shared
+            self._cache = [KVCache(layer, len(window), room) for layer in past]
+        else:
+            logits, self._cache = model.forward_cached(
+                window[:, self._n_read :], self._cache, n_last=1, start=self._n_read
+            )
+        self._n_read = window.shape[1]
+        return logits[:, -1].float()
+
+    def processed(self, logits: Tensor, forbidden_mass_record: list[Tensor] | None = None) -> Tensor:
+        """The logits (B, V) after all processors."""
+        allowed, context, forbidden_mass = self._ask(), self._context(), []
+        for number, processor in enumerate(self.processors):
+            if number not in allowed:
+                self._states[number], logits = processor.process(self._states[number], logits, context)
+                continue
+            if forbidden_mass_record is not None:
+                forbidden_mass.append(1 - (F.softmax(logits, dim=-1) * allowed[number]).sum(dim=-1))
+            logits = logits.masked_fill(~allowed[number], float("-inf"))
+        if forbidden_mass_record is not None:
+            record = logits.new_full((self._n_rows, len(forbidden_mass)), float("nan"))
+            if forbidden_mass:
+                record[self.origin] = torch.stack(forbidden_mass, dim=1)
+            forbidden_mass_record.append(record)
+        return logits
+
+    def require_choice(self, best: Tensor) -> None:
+        """Check the best score that each row can still have, (B,).
+
+        Raises:
+            ValueError: if one is minus infinity, with its row, step and the processors' states.
+        """
+        is_stuck = best.isneginf()
+        if is_stuck.any():
+            row = int(is_stuck.nonzero()[0])
+            so_far = self.tokens[row, self.n_prompt :].tolist()
+            raise ValueError(
+                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: the "
+                "processors forbid every token. Their states: "
+                + describe_row(self.processors, self._states, row, len(best))
+            )
+
+    def forced(self) -> Tensor | None:
+        """The next tokens (B,), where constraints leave each row only one and nobody has to see the logits."""
+        if not self._can_jump:
+            return None
+        allowed = reduce(torch.logical_and, self._ask().values())
+        return allowed.int().argmax(dim=-1) if bool((allowed.sum(dim=-1) == 1).all()) else None
+
+    def append(self, chosen: Tensor) -> None:
+        """Take the next token of every row, (B,)."""
+        self.tokens, self._allowed = torch.cat([self.tokens, chosen[:, None]], dim=1), None
+
+    def select(self, rows: Tensor) -> None:
+        """Have row i be what row ``rows[i]`` was, (B',) of int64."""
+        self.tokens, self.origin = self.tokens[rows], self.origin[rows]
+        for cache in self._cache or []:
+            cache.select(rows)
+        states = zip(self.processors, self._states, strict=True)
+        self._states = [processor.reorder(state, rows) for processor, state in states]
+
+    def _ask(self) -> dict[int, Tensor]:
+        """What each constraint allows to follow, (B, V) of bool, by its place; each is asked once a step."""
+        if self._allowed is None:
+            self._allowed, context = {}, self._context()
+            for number, processor in enumerate(self.processors):
+                if isinstance(processor, Constraint):
+                    self._states[number], self._allowed[number] = processor.allowed(self._states[number], context)
+        return self._allowed
+
+    def _shared(self, window: Tensor) -> tuple[Cache | None, int]:
+        """The past of all first tokens that are a prefix's, or the same in every row, and how many they are."""
+        if self.prefix is None:
+            n_shared = common_prefix_length(window)
+            return self.model.forward_cached(window[:1, :n_shared])[1] if n_shared else None, n_shared
+        prefix = self.prefix
+        if prefix.n_prefixes > 1:
+            prefix = replace(prefix, rows=prefix.owners(self._n_rows)[self.origin])
+        return self.model.prefix_cache(prefix), prefix.n_placeholders
+
+    def _context(self) -> Context:
+        return Context(self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token (B,) from the softmax of each row of logits (B, V) where its number in [0, 1) falls, (B,)."""
+    cumulative = F.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+    # The first token whose sum is above the number: never one of probability 0, which adds nothing to the sum.
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return place[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _uniform(seed: int, step: int, numbers: np.ndarray) -> Tensor:
+    """(B,) of float64 in [0, 1), each a function of (seed, step, its row's number): numpy's counter-based Philox."""
+    first = int(numbers.min()) // 4 * 4  # a count is four numbers
+    philox = np.random.Philox(key=[seed, step])
+    philox.advance(first // 4)
+    return torch.from_numpy(np.random.Generator(philox).random(int(numbers.max()) + 1 - first)[numbers - first])
+
+
+def common_prefix_length(tokens: Tensor) -> int:
+    """How many first tokens all rows of (B, T) share, at most T - 1: they need reading once only."""
+    is_same = (tokens[:, :-1] == tokens[:1, :-1]).all(dim=0)
+    return int(is_same.cumprod(dim=0).sum())

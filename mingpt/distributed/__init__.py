@@ -1,0 +1,22 @@
+"""The processes of one job that torchrun started, and tensors that are split over them.
+
+``process_group`` says which rank this process is and how all ranks agree on a value; ``sharding`` splits a model.
+"""
+
+from mingpt.distributed.process_group import (
+    MainProcessError,
+    all_gather,
+    all_reduce_sum,
+    broadcast,
+    init_process_group,
+    is_main,
+    map_over_ranks,
+    rank,
+    run_on_main,
+    world_size,
+)
+
+__all__ = [
+    "MainProcessError", "all_gather", "all_reduce_sum", "broadcast", "init_process_group", "is_main",
+    "map_over_ranks", "rank", "run_on_main", "world_size",
+]  # fmt: skip

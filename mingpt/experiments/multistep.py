@@ -1,0 +1,344 @@
+"""Reasoning in several steps: a later step's prompts are built from what earlier steps have generated.
+
+Legend: N examples, L row length, P prefix positions, T tokens of a prompt.
+
+A plan is a graph of named steps without cycles. The prompts of a step are built once, for all examples and on the main
+process, and sent to the others; all processes share the prediction; the outputs come back in order.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mingpt import distributed
+from mingpt.decoding.automata import DFA
+from mingpt.decoding.constraints import MultisetConstraint, RegularConstraint
+from mingpt.decoding.logits_processors import LogitsProcessor
+from mingpt.evaluation import Score
+from mingpt.experiments.predictor import Predictor, SampleSeeds
+from mingpt.model import GPT
+from mingpt.prefix import Prefix
+from mingpt.storage.checkpoint import checksum, json_checksum, verify
+from mingpt.storage.weights import weights_hash
+from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task
+from mingpt.training.precision import autocast
+from mingpt.utils import derived_seed, nearest
+
+Outputs = dict[str, list[Any]]
+"""What each step has generated, N outputs by the step's name."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan: what to ask the model, and how to read its answer.
+
+    Attributes:
+        name: no two steps of a plan have the same; metrics and files are named by it.
+        prompt_fn: ``prompt_fn(examples, outputs)`` makes the N prompts of all N examples at once. ``outputs`` has those
+            of the steps in ``depends_on``. A prompt is a row of T tokens, with placeholders where the prefix goes.
+        depends_on: names of steps that come before.
+        prefix: see ``mingpt.prefix.as_prefix``; one for all examples.
+        logits_processors: see ``mingpt.decoding.logits_processors``.
+        metric_fn: ``metric_fn(outputs, examples)`` gives numbers by name, of the step's N outputs. It keeps no state.
+        max_new_tokens: how many tokens to generate.
+        output_fn: makes the output of one example of its generated tokens, a list of integers; by default they are it.
+        options: of ``mingpt.decoding.generation.generate``, such as do_sample, temperature or stop_token.
+    """
+
+    name: str
+    prompt_fn: Callable[[Sequence[Any], Outputs], Iterable[Any]]
+    depends_on: tuple[str, ...] = ()
+    prefix: Tensor | Prefix | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    metric_fn: Callable[[list[Any], Sequence[Any]], Mapping[str, float]] | None = None
+    max_new_tokens: int = field(kw_only=True)
+    output_fn: Callable[[list[int]], Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Plan:
+    """A model and the steps that it is led through.
+
+    Attributes:
+        model: a GPT, in evaluation mode.
+        steps: in an order in which none comes before one that it depends on.
+    """
+
+    def __init__(self, model: GPT, steps: Sequence[Step]):
+        """Check the steps and put them in order.
+
+        Raises:
+            ValueError: for a name that two steps have, that no step has, or that steps depend on in a circle.
+        """
+        by_name: dict[str, Step] = {}
+        for step in steps:
+            if step.name in by_name:
+                raise ValueError(f"two steps are named {step.name!r}; give each its own name")
+            if not step.name or "/" in step.name or step.name.startswith("."):
+                raise ValueError(f"a step cannot be named {step.name!r}: files are named by it")
+            by_name[step.name] = step
+        for step in steps:
+            for name in step.depends_on:
+                if name not in by_name:
+                    known = ", ".join(by_name)
+                    raise ValueError(
+                        f"step {step.name!r} depends on {name!r}, which no step is named{nearest(name, by_name)}; "
+                        f"the steps are {known}"
+                    )
+        try:
+            order = graphlib.TopologicalSorter({step.name: step.depends_on for step in steps}).static_order()
+            self.steps = tuple(by_name[name] for name in order)
+        except graphlib.CycleError as error:
+            raise ValueError(f"the steps depend on each other in a circle: {' <- '.join(error.args[1])}") from None
+        self.model = model
+
+
+def predict(
+    plan: Plan,
+    examples: Sequence[Any],
+    per_device_batch_size: int = 1600,
+    *,
+    seed: int = 0,
+    precision: str = "float32",
+    folder: str | Path | None = None,
+    seconds: dict[str, float] | None = None,
+) -> Outputs:
+    """Lead examples through all steps of a plan. All processes of a job must get here, with the same examples.
+
+    Args:
+        plan: the steps.
+        examples: N of whatever the prompt functions take.
+        per_device_batch_size: rows that a process generates at a time.
+        seed: of sampling; a draw is a function of it, the step's name and the example's index.
+        precision: see ``mingpt.training.precision``; in "float32" the batch size does not show in the outputs.
+        folder: where each step leaves its outputs, ``<name>.jsonl``; after an interruption the same call goes on with
+            what is missing there. Outputs must be JSON values then.
+        seconds: a dictionary that receives how long each step took, prompts and outputs included.
+
+    Returns:
+        The N outputs of every step, on every process.
+
+    Raises:
+        ValueError: if prompts are not one row of tokens for each example, or the folder holds another run.
+    """
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        distributed.run_on_main(lambda: verify(folder / "plan.json", _describe(plan, examples, seed, precision)))
+    outputs: Outputs = {}
+    for step in plan.steps:
+        start = time.perf_counter()
+        path = None if folder is None else folder / f"{step.name}.jsonl"
+        finished = None if path is None else distributed.run_on_main(lambda path=path: _read(path))
+        if finished is None:
+            earlier = {name: outputs[name] for name in step.depends_on}
+            prompts = distributed.run_on_main(lambda step=step, earlier=earlier: _prompts(step, examples, earlier))
+            finished = _predictor(plan.model, step, seed, precision).predict(
+                prompts, per_device_batch_size, step.name, path
+            )
+        outputs[step.name] = finished
+        if seconds is not None:
+            seconds[step.name] = time.perf_counter() - start
+    return outputs
+
+
+def evaluate(
+    plan: Plan, examples: Sequence[Any], *, metric_key_prefix: str = "test", **options: Any
+) -> dict[str, float]:
+    """Lead examples through a plan and measure the steps that have a ``metric_fn``.
+
+    Args:
+        plan: the steps.
+        examples: N, with what the metrics compare with.
+        metric_key_prefix: what the metrics' names begin with.
+        options: see ``predict``.
+
+    Returns:
+        The metrics, each named ``<metric_key_prefix>-<step>_<metric>``, computed on the main process.
+    """
+    return measure(plan, examples, predict(plan, examples, **options), metric_key_prefix)
+
+
+def measure(plan: Plan, examples: Sequence[Any], outputs: Outputs, metric_key_prefix: str = "test") -> dict[str, float]:
+    """The metrics of outputs that ``predict`` gave, none of no examples; see ``evaluate``."""
+
+    def metrics() -> dict[str, float]:
+        return {
+            f"{metric_key_prefix}-{step.name}_{metric}": value
+            for step in plan.steps
+            if step.metric_fn is not None
+            for metric, value in step.metric_fn(outputs[step.name], examples).items()
+        }
+
+    return distributed.run_on_main(metrics) if len(examples) else {}
+
+
+def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[Any]:
+    """A step's prompts, checked: the only place where its prompt function is called."""
+    prompts = list(step.prompt_fn(examples, earlier))
+    if len(prompts) != len(examples):
+        raise ValueError(f"step {step.name!r} made {len(prompts)} prompts for {len(examples)} examples")
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; make them of one length"
+        )
+    return prompts
+
+
+def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
+    def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[list[int]]:
+        with autocast(precision, model.device):
+            tokens = model.generate(
+                prompts,
+                step.max_new_tokens,
+                prefixes=step.prefix,
+                logits_processors=step.logits_processors,
+                seed=sample_seeds.seed,
+                row_numbers=sample_seeds.indices,
+                **step.options,
+            )
+        return tokens[:, prompts.shape[1] :].tolist()
+
+    def outputs(rows: list[list[int]]) -> list[Any]:
+        return rows if step.output_fn is None else list(map(step.output_fn, rows))
+
+    def collate(prompts: list[Any]) -> Tensor:
+        return torch.from_numpy(np.array(prompts, dtype=np.int64))
+
+    return Predictor(collate, generate, outputs, model=model, seed=derived_seed(seed, step.name))
+
+
+def _describe(plan: Plan, examples: Sequence[Any], seed: int, precision: str) -> dict[str, Any]:
+    """What the outputs are a function of, as far as it can be told."""
+    steps = {}
+    for step in plan.steps:
+        prefix = step.prefix.values if isinstance(step.prefix, Prefix) else step.prefix
+        steps[step.name] = {
+            "depends_on": step.depends_on,
+            "max_new_tokens": step.max_new_tokens,
+            "prefix": None if prefix is None else checksum({"prefix": prefix}),
+            "logits_processors": [type(processor).__name__ for processor in step.logits_processors],
+            "options": {name: repr(value) for name, value in step.options.items()},
+        }
+    run = {"examples": json_checksum(list(examples)), "seed": seed, "precision": precision}
+    return run | {"model": weights_hash(plan.model), "steps": steps}
+
+
+def _read(path: Path) -> list[Any] | None:
+    """A finished step's outputs."""
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else None
+
+
+# -------------------------------------------------------------------------------------------- compositions as plans
+
+
+def row_step(
+    name: str,
+    prefix: Tensor | Prefix | None,
+    length: int,
+    prefix_padding: int,
+    before: str | None = None,
+    **fields: Any,
+) -> Step:
+    """A step that maps rows of L integers to such rows, as the sandbox's tasks do.
+
+    Args:
+        name: of the step.
+        prefix: of the task that the step solves.
+        length: L.
+        prefix_padding: P, the zeros in front of a row, where the prefix goes.
+        before: the step whose outputs are this one's rows; without it they are the examples.
+        fields: further ones of ``Step``.
+    """
+
+    def prompt_fn(examples: Sequence[Any], outputs: Outputs) -> np.ndarray:
+        rows = np.array(examples if before is None else outputs[before], dtype=np.int64).reshape(-1, length)
+        return np.pad(rows, ((0, 0), (prefix_padding, 0)))
+
+    depends_on = () if before is None else (before,)
+    return Step(name, prompt_fn, depends_on, prefix, max_new_tokens=length, **fields)
+
+
+def plan_from_composition(
+    task: Task,
+    model: GPT,
+    prefixes: Mapping[str, Tensor],
+    length: int = 10,
+    num_digits: int = 10,
+    prefix_padding: int = 10,
+    is_constrained: bool = False,
+) -> Plan:
+    """Turn a composition into a chain: each of its tasks is a step with that task's own prefix.
+
+    The examples are the N input rows, L integers each; a step's output is a row of L integers, the next step's input.
+    The metric "accuracy" of a step is the share of rows that are right after it, so the last one's is the chain's.
+
+    Args:
+        task: ``SortAscending() + Add1()`` makes the steps "1-SortAscending" and "2-Add1".
+        model: a GPT.
+        prefixes: by task name.
+        length, num_digits, prefix_padding: as in ``mingpt.datasets.CustomDataset``.
+        is_constrained: force each step's output into what is known of it, see ``known_constraints``.
+
+    Raises:
+        ValueError: if one of the tasks has no prefix.
+    """
+    for each in task.tasks:
+        if str(each) not in prefixes:
+            raise ValueError(
+                f"no prefix for {each}, a step of {task}; there is one for {', '.join(prefixes) or 'none'}"
+            )
+    known = known_constraints(task, length, num_digits, model.config.vocab_size) if is_constrained else None
+    steps: list[Step] = []
+    for place, each in enumerate(task.tasks):
+        steps.append(
+            row_step(
+                f"{place + 1}-{each}",
+                prefixes[str(each)],
+                length,
+                prefix_padding,
+                steps[-1].name if steps else None,
+                logits_processors=known[place] if known else (),
+                metric_fn=partial(_accuracy, CompositeTask(*task.tasks[: place + 1])),
+            )
+        )
+    return Plan(model, steps)
+
+
+def _accuracy(task: Task, outputs: list[Any], examples: Sequence[Any]) -> dict[str, float]:
+    return {"accuracy": Score.of(np.array(outputs), task(np.array(examples))).accuracy}
+
+
+def known_constraints(task: Task, length: int, num_digits: int, vocab_size: int) -> list[tuple[LogitsProcessor, ...]]:
+    """For each task of a composition, what its output must be whatever the input: a language that anyone could name.
+
+    A sorted row is a permutation of the step's input. Any other output has its values in the range that
+    ``Task.output_values`` gives, for the argument and for the rest.
+
+    Args:
+        task: a composition.
+        length: L.
+        num_digits: the largest value of an input row.
+        vocab_size: V.
+    """
+    found: list[tuple[LogitsProcessor, ...]] = []
+    values = task.input_values(num_digits)
+    for each in task.tasks:
+        values = each.output_values(values, length)
+        if isinstance(each, SortAscending | SortDescending):
+            found.append((MultisetConstraint(),))
+        else:
+            first, rest = (f"[{part.low}-{part.high}]" for part in values)
+            found.append((RegularConstraint(DFA.from_regex(f"{first} {rest}{{{length - 1}}}", vocab_size)),))
+    return found

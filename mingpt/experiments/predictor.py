@@ -1,0 +1,235 @@
+"""Predictions for a list of examples by all processes of a job, in order, whatever their number.
+
+Legend: N examples, B examples of a batch, W processes that share out the batches.
+
+Batch b is process b mod W's, and the processes meet only once, when all is predicted: uneven work cannot hang. Batches
+do not depend on W, and random draws are a function of (seed, index of the example), so neither do the predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mingpt import distributed
+from mingpt.distributed.sharding import Rules, shard
+from mingpt.storage.checkpoint import json_checksum, json_lines, verify, write_atomic
+from mingpt.utils import derived_seed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class SampleSeeds:
+    """Where the random numbers of a batch come from; each example has its own.
+
+    Attributes:
+        seed: of the predictor.
+        indices: of the batch's B examples. ``generate(..., seed=sample_seeds.seed, row_numbers=sample_seeds.indices)`` samples by it.
+    """
+
+    seed: int
+    indices: tuple[int, ...]
+
+    def generators(self) -> list[torch.Generator]:
+        """A generator for each example, for predictions that draw in other ways."""
+        return [torch.Generator().manual_seed(derived_seed(self.seed, index)) for index in self.indices]
+
+
+class Predictor:
+    """Manages prediction on one process or many: under torchrun each takes its share of the examples.
+
+    Attributes:
+        mesh: the DeviceMesh, or None where every process has the whole model.
+    """
+
+    def __init__(
+        self,
+        collate_fn: Callable[[list[Any]], Any],
+        pred_fn: Callable[[Any, SampleSeeds], Any],
+        output_fn: Callable[[Any], list[Any]] | None = None,
+        mesh: DeviceMesh | None = None,
+        sharding_rules: Rules | None = None,
+        *,
+        model: nn.Module | None = None,
+        seed: int = 0,
+    ):
+        """Say how to predict; nothing is set up before the first examples come.
+
+        Args:
+            collate_fn: makes the input of a batch from B raw examples.
+            pred_fn: predicts from that input and the sample seeds of the batch, without gradients; it uses the model by itself.
+            output_fn: makes a list of B predictions of what ``pred_fn`` gave; by default a tensor becomes nested lists,
+                and a list stays as it is.
+            mesh: with a dimension "data", over which the batches are shared out, or "model", over which the model's
+                parameters are split, or both.
+            sharding_rules: (pattern, placement) pairs on the names of the model's parameters, see ``mingpt.distributed.sharding``;
+                without them every process has the whole model.
+            model: the module that ``pred_fn`` uses: it is what the rules are for, and inputs go to its device.
+            seed: of random draws.
+
+        Raises:
+            ValueError: for sharding rules without a model or without a mesh that has a dimension "model".
+        """
+        names = () if mesh is None else mesh.mesh_dim_names or ()
+        if mesh is not None and not {"data", "model"} >= set(names) > set():
+            raise ValueError(f"the mesh's dimensions must be named data, model or both, got {names or 'no names'}")
+        if sharding_rules and (model is None or "model" not in names):
+            raise ValueError("sharding_rules need the model, and a mesh with a dimension named model to split it over")
+        self.mesh, self.model, self.seed = mesh, model, seed
+        self._collate_fn, self._pred_fn, self._output_fn = collate_fn, pred_fn, output_fn or _as_list
+        self._sharding_rules = sharding_rules
+
+    def predict(
+        self,
+        examples: Sequence[Any],
+        per_device_batch_size: int,
+        desc: str | None = None,
+        path: str | Path | None = None,
+        run: Any = None,
+    ) -> list[Any]:
+        """Predict for examples. All processes must get here, with the same examples.
+
+        Args:
+            examples: N of whatever ``collate_fn`` takes, none is fine.
+            per_device_batch_size: how many are predicted at a time by a process.
+            desc: what the progress bar says after "Predicting".
+            path: a file that gets the predictions, a line of JSON each in the order of the examples. It appears when it
+                is complete; until then they gather in the folder ``path.parts``, and after an interruption the same
+                call, with any number of processes, predicts what is missing.
+            run: a JSON value that says what else the predictions depend on, such as a model's weights_hash; what was
+                left by another run is not continued.
+
+        Returns:
+            N predictions in the order of the examples, on every process.
+
+        Raises:
+            ValueError: if ``path.parts`` is of other examples or another run, or ``output_fn`` gave another number of
+                predictions than it got.
+        """
+        from tqdm import tqdm
+
+        if per_device_batch_size < 1:
+            raise ValueError(f"per_device_batch_size must be at least 1, got {per_device_batch_size}")
+        share, n_shares, is_writer = self._set_up()
+        parts, done = None if path is None else _Parts(Path(path)), {}
+        if parts is not None:
+            done = distributed.run_on_main(
+                lambda: parts.open({"examples": json_checksum(list(examples)), "seed": self.seed, "run": run})
+            )
+        missing = [index for index in range(len(examples)) if index not in done]
+        batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
+        own: dict[int, Any] = {}
+        title = "Predicting" if desc is None else f"Predicting ({desc})"
+        hidden = None if distributed.is_main() else True
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(parts.file(distributed.rank()).open("wb")) if parts and is_writer else None
+            for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
+                predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
+                if file is not None:
+                    lines = _lines(predicted)
+                    file.write(lines)
+                    file.flush()
+                    predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
+                own.update(predicted)
+        # A process that only helps to compute a share leaves reporting it to the one that writes.
+        for other in distributed.all_gather(own if is_writer else {}):
+            done.update(other)
+        predictions = [done[index] for index in range(len(examples))]
+        if parts is not None:
+            distributed.run_on_main(lambda: parts.close(predictions))
+        return predictions
+
+    def _set_up(self) -> tuple[int, int, bool]:
+        """Split the model where that is asked for. Returns which share is this process's, of how many, and whether it
+        is the one to report it."""
+        distributed.init_process_group()
+        if self.mesh is None:
+            return distributed.rank(), distributed.world_size(), True
+        names = self.mesh.mesh_dim_names or ()
+        if self._sharding_rules and self.model is not None:
+            shard(self.model, self.mesh["model"], self._sharding_rules)
+            self._sharding_rules = None
+        share, n_shares = (self.mesh.get_local_rank("data"), self.mesh["data"].size()) if "data" in names else (0, 1)
+        return share, n_shares, "model" not in names or self.mesh.get_local_rank("model") == 0
+
+    @torch.no_grad()
+    def _predict_batch(self, examples: Sequence[Any], indices: list[int]) -> list[Any]:
+        batch = self._collate_fn([examples[index] for index in indices])
+        if self.model is not None:
+            batch = _to(batch, next(self.model.parameters()).device)
+        predictions = self._output_fn(self._pred_fn(batch, SampleSeeds(self.seed, tuple(indices))))
+        if not isinstance(predictions, list) or len(predictions) != len(indices):
+            given = f"a list of {len(predictions)}" if isinstance(predictions, list) else type(predictions).__name__
+            raise ValueError(
+                f"output_fn must give a list of {len(indices)} predictions for as many examples, got {given}"
+            )
+        return predictions
+
+
+class _Parts:
+    """What has been predicted before the file is complete: a folder beside it, where each process appends to its own.
+
+    A line is ``[index, prediction]``; of a process that was killed the last one may be torn, which is no JSON then.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, path.with_name(path.name + ".parts")
+
+    def open(self, identity: Mapping[str, Any]) -> dict[int, Any]:
+        """Claim the folder for a run, and collect what an earlier part of that run has left: predictions by index."""
+        verify(self.folder / "run.json", identity)
+        collected = self.folder / "earlier.jsonl"
+        done: dict[int, Any] = {}
+        files = sorted(self.folder.glob("*.jsonl"))
+        for file in files:
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    index, done[index] = json.loads(line)
+        write_atomic(collected, _lines(done.items()))
+        for file in files:
+            if file != collected:
+                file.unlink()
+        return done
+
+    def file(self, process: int) -> Path:
+        """Where a process writes, a new file after ``open``."""
+        return self.folder / f"process{process}.jsonl"
+
+    def close(self, predictions: list[Any]) -> None:
+        """Write the file, and remove the folder."""
+        write_atomic(self.path, _lines(predictions))
+        shutil.rmtree(self.folder)
+
+
+def _lines(values: Any) -> bytes:
+    try:
+        return json_lines(values)
+    except TypeError as error:
+        raise TypeError(
+            f"predictions are written as JSON ({error}); give an output_fn that makes JSON values"
+        ) from None
+
+
+def _as_list(predictions: Any) -> Any:
+    return predictions.tolist() if isinstance(predictions, Tensor) else predictions
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors, in dictionaries, lists and tuples, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch

@@ -1,0 +1,240 @@
+"""Checkpoints: one safetensors file each, with a JSON description in its header; atomic to write, verified to read.
+
+A file is either the old one or the new one, never half of one: it is written beside its place, flushed to the disk and
+renamed. The description and the tensors are one file, so that they cannot come apart. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mingpt
+from mingpt import distributed
+from mingpt.distributed.sharding import full_tensor
+
+FORMAT = 1
+_HEADER = "mingpt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or is of something else; the message names the file and the field."""
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, finds either all of it or what was there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def json_lines(values: Iterable[Any]) -> bytes:
+    """JSON values, a line each.
+
+    Raises:
+        TypeError: for one that is not JSON.
+    """
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def verify(path: str | Path, run: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Write what a run is into its folder, or check that it is the one that the folder is of.
+
+    Args:
+        path: the file, JSON.
+        run: JSON values, nested.
+        ignored: keys that may differ.
+
+    Raises:
+        ValueError: if the file says otherwise, with the first difference.
+    """
+    path, run = Path(path), json.loads(json.dumps(run))
+    if not path.exists():
+        write_atomic(path, json.dumps(run, indent=1).encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it or choose another folder") from None
+    difference = _first_difference(theirs, run, "", ignored)
+    if difference:
+        name, old, new = difference
+        raise ValueError(
+            f"{path.parent} holds a run with {name} = {old!r}, this one has {new!r}; choose another folder"
+        )
+
+
+def _first_difference(old: Any, new: Any, name: str, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+    """Where nested values first differ, and how: the dotted name, the old value and the new one."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return None if old == new else (name, old, new)
+    for key in {**new, **old}:
+        if key not in ignored:
+            difference = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."), ignored)
+            if difference:
+                return difference
+    return None
+
+
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write tensors and what they are. All processes of a job must get here; the main one writes.
+
+    Args:
+        path: the file, by custom ``*.safetensors``.
+        tensors: any dtypes; written from whatever device they are on.
+        description: JSON values; versions and a checksum are added to it.
+    """
+    from safetensors.torch import save
+
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: full_tensor(t).cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+
+    def write() -> None:
+        header = {
+            "format": FORMAT,
+            "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "description": description,
+        }
+        header["checksum"] = checksum(tensors, header)
+        write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+
+    distributed.run_on_main(write)
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``save_checkpoint`` wrote: the tensors, on the CPU, and the description.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged or was not written by ``save_checkpoint``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
+    if not isinstance(header, dict) or not {"format", "checksum", "versions", "description"} <= header.keys():
+        raise CheckpointError(
+            f"{path}: field '{_HEADER}' of its header is missing or incomplete; not written by mingpt"
+        )
+    if header["format"] != FORMAT:
+        raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
+    found = header.pop("checksum")
+    if found != checksum(tensors, header):
+        raise CheckpointError(f"{path}: field 'checksum' does not match; the file is damaged")
+    return tensors, header["description"] | {"versions": header["versions"]}
+
+
+def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> None:
+    """Check one field of a description, or of several nested in it.
+
+    Raises:
+        CheckpointError: naming the file, the first field that differs, and both values.
+    """
+    difference = _first_difference(found, expected, field)
+    if difference:
+        name, old, new = difference
+        raise CheckpointError(f"{path}: field '{name}' is {old!r}, expected {new!r}")
+
+
+def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load a module's weights, all of them, checking names and shapes first.
+
+    Raises:
+        CheckpointError: naming the file and the first tensor that is missing, unknown, or of another shape.
+    """
+    own = module.state_dict()
+    for name in {**own, **tensors}:
+        if name not in tensors:
+            raise CheckpointError(f"{path}: tensor '{name}' is missing")
+        if name not in own:
+            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
+        require_equal(path, f"{name}.shape", list(tensors[name].shape), list(own[name].shape))
+    module.load_state_dict(dict(tensors))
+
+
+def flatten_state(state: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
+    """Separate nested dictionaries and lists into tensors by name and a JSON skeleton that refers to them."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any, name: str) -> Any:
+        if isinstance(node, Tensor):
+            while name in tensors:  # two paths may spell the same name, such as {"a": {"b": t}, "a.b": u}
+                name += "_"
+            tensors[name] = node
+            return {"tensor": name}
+        if isinstance(node, Mapping):
+            return {"items": [[key, walk(value, f"{name}.{key}")] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list": [walk(value, f"{name}.{place}") for place, value in enumerate(node)]}
+        return {"value": node}
+
+    return tensors, walk(state, prefix)
+
+
+def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``flatten_state``; tuples come back as lists."""
+    if "tensor" in skeleton:
+        return tensors[skeleton["tensor"]]
+    if "items" in skeleton:
+        return {key: unflatten_state(value, tensors) for key, value in skeleton["items"]}
+    if "list" in skeleton:
+        return [unflatten_state(value, tensors) for value in skeleton["list"]]
+    return skeleton["value"]
+
+
+def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, and over JSON values, in hexadecimal.
+
+    All processes must get here where a tensor is split over them.
+    """
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = full_tensor(tensors[name]).cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def json_checksum(value: Any) -> str:
+    """SHA-256 of a JSON value, in which arrays and tensors count as lists and other objects as their ``repr``."""
+    text = json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else repr(each))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,149 @@
+"""To and from the Hugging Face world: models as GPT2LMHeadModel, prefixes and LoRAs as PEFT adapters (extra ``hf``).
+
+Legend: P prefix positions, C channels, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mingpt.lora import LoRA
+from mingpt.model import GPT, TRANSPOSED
+from mingpt.prefix import Prefix, as_key_value
+
+from_huggingface = GPT.from_huggingface
+
+
+def to_huggingface(model: GPT) -> Any:
+    """Copy a GPT into a transformers ``GPT2LMHeadModel`` with the same logits; ``from_huggingface`` goes back.
+
+    Raises:
+        ValueError: for a model without its first LayerNorms, which GPT-2 cannot be.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    if config.skip_layer_norm:
+        raise ValueError("skip_layer_norm = True is no GPT-2; only models with all LayerNorms can be exported")
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "embd_pdrop", "resid_pdrop", "attn_pdrop")
+    other: Any = GPT2LMHeadModel(
+        GPT2Config(
+            **{name: getattr(config, name) for name in names},
+            n_positions=config.block_size,
+            activation_function="gelu" if config.gelu_approximate == "none" else "gelu_new",
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
+    weights = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in model.state_dict().items()}
+    other.load_state_dict(weights)
+    return other.to(model.device).train(model.training)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings that PEFT and transformers have for each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@_quietly()
+def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path) -> None:
+    """Write a prefix or a LoRA as an adapter for PEFT: ``PeftModel.from_pretrained(to_huggingface(model), folder)``.
+
+    PEFT's prefixes are keys and values: a prefix of another kind is written as the keys and values that it comes to.
+
+    Args:
+        model: that the adapter was learned for.
+        adapter: one prefix of any kind, see ``mingpt.prefix.as_prefix``, or a LoRA.
+        folder: new, or one to overwrite.
+
+    Raises:
+        ValueError: for a prefix that stands for more or fewer tokens than it has positions, which PEFT does not know.
+    """
+    import peft
+
+    if isinstance(adapter, LoRA):
+        rank = adapter.a[0].shape[0]
+        config: Any = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=adapter.scale * rank,  # pyright: ignore[reportArgumentType] (it is only ever multiplied)
+            target_modules=list(adapter.names),
+            fan_in_fan_out=True,
+        )
+        wrapped = peft.get_peft_model(to_huggingface(model), config)
+        modules = dict(wrapped.base_model.model.named_modules())
+        for name, a, b in zip(adapter.names, adapter.a, adapter.b, strict=True):
+            modules[name].lora_A["default"].weight.data.copy_(a.data)
+            modules[name].lora_B["default"].weight.data.copy_(b.data)
+    else:
+        if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
+            raise ValueError(
+                f"the prefix has {adapter.n_positions} positions in {adapter.n_placeholders} places; PEFT places the content "
+                "after all positions, so it cannot be exported"
+            )
+        values = as_key_value(model, adapter)
+        n_layer, _, n_positions, n_embd = values.shape
+        config = peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=n_positions,
+            num_layers=n_layer,
+            num_attention_heads=model.config.n_head,
+            token_dim=n_embd,
+        )
+        wrapped = peft.get_peft_model(to_huggingface(model), config)
+        embedding = wrapped.prompt_encoder["default"].embedding.weight
+        embedding.data.copy_(values.permute(2, 0, 1, 3).flatten(1))
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
+    """Read a PEFT adapter for a model: prefix tuning as a key_value prefix, LoRA as a LoRA, attached.
+
+    Raises:
+        ValueError: if it is another kind of adapter, or for another size of model.
+    """
+    import peft
+
+    config: Any = peft.PeftConfig.from_pretrained(str(folder))
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    if config.peft_type == peft.PeftType.PREFIX_TUNING:
+        if config.prefix_projection:
+            raise ValueError(f"{folder}: a prefix with prefix_projection is not supported, only its keys and values")
+        table = weights["prompt_embeddings"]  # (P, L * 2 * C)
+        n_layer, n_embd = model.config.n_layer, model.config.n_embd
+        if table.shape[1] != 2 * n_layer * n_embd:
+            raise ValueError(
+                f"{folder} has {table.shape[1]} numbers a position, a model of {n_layer} layers and {n_embd} channels "
+                f"needs {2 * n_layer * n_embd}"
+            )
+        values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
+        return Prefix("key_value", values[None].contiguous().to(model.device))
+    if config.peft_type == peft.PeftType.LORA:
+        return _import_lora(config, weights, model, folder)
+    raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
+
+
+def _import_lora(config: Any, weights: dict[str, Tensor], model: GPT, folder: str | Path) -> LoRA:
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [name.removeprefix(prefix).removesuffix(suffix) for name in weights if name.endswith(suffix)]
+    known = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not set(names) <= known:
+        raise ValueError(f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha")
+    lora = LoRA(model, config.r, names, config.lora_alpha)
+    with torch.no_grad():
+        for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
+            a.copy_(weights[f"{prefix}{name}.lora_A.weight"])
+            b.copy_(weights[f"{prefix}{name}.lora_B.weight"])
+    return lora

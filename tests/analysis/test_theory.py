@@ -1,0 +1,134 @@
+"""The paper's statements about prefixes, on random models: what a prefix cannot change, and out of what its bias is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mingpt.analysis.theory import attention_invariance, bias_subspace
+from mingpt.model import GPT
+from mingpt.prefix import Prefix
+
+
+def random_case(seed, n_layer, n_head, head_size, n_positions, n_tokens, kind, gain=1.0):
+    """A random GPT, a prefix for it, and rows."""
+    generator = torch.Generator().manual_seed(seed)
+    n_embd = n_head * head_size
+    config = GPT.get_default_config()
+    config.merge_from_dict({"model_type": None, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
+    config.merge_from_dict({"vocab_size": 11, "block_size": n_positions + n_tokens})
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / n_embd**0.5)
+    shape = {
+        "activation": (1, n_layer, n_positions, n_embd),
+        "key_value": (1, n_layer, 2, n_positions, n_embd),
+        "prompt": (1, n_positions, n_embd),
+    }[kind]
+    x = torch.randint(11, (3, n_positions + n_tokens), generator=generator)
+    return model, Prefix(kind, torch.randn(shape, generator=generator)), x
+
+
+CASES = {
+    "seed": st.integers(0, 2**32),
+    "n_layer": st.integers(1, 4),
+    "n_head": st.integers(1, 4),
+    "head_size": st.integers(1, 8),
+    "n_positions": st.integers(1, 12),
+    "n_tokens": st.integers(1, 12),
+    "kind": st.sampled_from(["activation", "key_value", "prompt"]),
+    "gain": st.floats(0.1, 2.0),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(**CASES)
+def test_no_prefix_changes_which_content_is_attended_to(**case):
+    model, prefix, x = random_case(**case)
+    found = attention_invariance(model, prefix, x)
+    assert found.deviation.shape == found.share.shape == (case["n_layer"], case["n_head"])
+    assert found.deviation.max() <= 1e-5
+    assert found.share.min() >= 0
+    assert found.share.max() <= 1 + 1e-5
+
+
+@settings(max_examples=200, deadline=None)
+@given(**CASES)
+def test_a_prefix_scales_the_output_and_adds_a_bias_of_its_values(**case):
+    model, prefix, x = random_case(**case)
+    found = bias_subspace(model, prefix, x)
+    assert (found.error <= 1e-5 * found.magnitude.clamp(min=1)).all()
+    assert found.outside.max() <= 1e-5
+    assert (found.rank <= min(case["n_positions"], case["head_size"])).all()
+    assert (found.used >= 1).all()
+    assert (found.used <= found.rank).all()
+    assert found.positions.min() >= 1 - 1e-5
+    assert found.positions.max() <= case["n_positions"] + 1e-4
+
+
+def test_a_prefix_that_takes_everything_leaves_nothing_to_compare():
+    model, prefix, x = random_case(0, 2, 2, 4, 3, 6, "key_value")
+    with torch.no_grad():
+        model.blocks[0].attn.c_attn.bias[:8] += 100
+    prefix.values[:, 0, 0] = 100.0
+    found = attention_invariance(model, prefix, x)
+    assert found.share[0].tolist() == pytest.approx([1, 1])
+    assert found.share[1].max() < 1
+    assert found.deviation.max() < 1e-5
+    assert not bias_subspace(model, prefix, x).positions.isnan().any()
+
+
+def test_what_is_not_a_prefix_does_change_it():
+    """The measure is not blind: weights that have been trained further give another attention."""
+    model, prefix, x = random_case(0, 2, 2, 4, 3, 6, "activation")
+    before = attention_invariance(model, prefix, x)
+    original = model.blocks[1].attn.forward
+
+    def forward(normed, past=None, *arguments):
+        return original(normed if past is None else normed + 0.1 * torch.arange(8.0), past, *arguments)
+
+    model.blocks[1].attn.forward = forward
+    after = attention_invariance(model, prefix, x)
+    assert before.deviation.max() < 1e-6
+    assert after.deviation[0].max() < 1e-6
+    assert after.deviation[1].max() > 1e-3
+
+
+def test_a_bias_of_something_else_is_seen():
+    model, prefix, x = random_case(0, 2, 2, 4, 3, 6, "activation")
+    with torch.no_grad():
+        model.blocks[1].attn.c_proj.bias += 1
+    assert bias_subspace(model, prefix, x).error.max() < 1e-5
+    model.blocks[1].attn.register_forward_hook(lambda _, __, output: (output[0] + 0.01, *output[1:]))
+    error = bias_subspace(model, prefix, x).error
+    assert error[0] < 1e-5
+    assert error[1] == pytest.approx(0.01, abs=1e-4)
+
+
+def test_ranks_and_spreads_of_known_prefixes():
+    model, prefix, x = random_case(1, 1, 2, 4, 3, 5, "key_value")
+    values = prefix.values.clone()
+    values[:, :, :, 1:] = values[:, :, :, :1]  # three positions that are one and the same
+    found = bias_subspace(model, Prefix("key_value", values), x)
+    assert found.rank.tolist() == found.used.tolist() == [[1, 1]]
+    assert found.positions == pytest.approx(3)
+
+
+def test_one_prefix_at_a_time():
+    model, prefix, x = random_case(0, 1, 1, 4, 3, 5, "activation")
+    with pytest.raises(ValueError, match="of one prefix, got 3"):
+        attention_invariance(model, prefix.values.repeat(3, 1, 1, 1), x)
+    with pytest.raises(ValueError, match="3 prefix positions leave no content in 3 tokens"):
+        bias_subspace(model, prefix, x[:, :3])
+
+
+def test_figures_say_what_they_show(tmp_path):
+    model, prefix, x = random_case(0, 3, 4, 4, 5, 6, "activation")
+    for found in (attention_invariance(model, prefix, x), bias_subspace(model, prefix, x)):
+        figure = found.figure("A prefix")
+        figure.savefig(tmp_path / "figure.png")
+        assert figure.get_suptitle().startswith("A prefix")
+        assert all(ax.get_xlabel() == "head" and ax.get_title() for ax in figure.axes)

@@ -1,0 +1,259 @@
+"""Automata: their language is the one that brute force finds, and what is said of completions is so.
+
+Legend: S states, V vocabulary, N a length in tokens.
+"""
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mingpt.decoding.automata import DFA, PDA, POP, STAY
+
+LETTERS = "abcd"
+
+EXPRESSIONS = [
+    "a*",
+    "a*b*c*d*",
+    "(ab)+",
+    "a(b|c)*d",
+    "(a|b)*c(a|b)*",
+    "a?b?c?d?",
+    "(a|b|c|d)(a|b|c|d)",
+    "(aa|bb)*(cd)?",
+    "a{2}b{1,3}",
+    "((a|b)(c|d))*",
+    "(a*b)*|c+d",
+    "(a|b|c|d)*abba",
+    "d(a|(b(c|d)*b))+",
+]
+"""Regular expressions as both Python's re and this package read them, over the letters a to d."""
+
+
+def all_strings(n_tokens, vocab_size=4):
+    """(V ** N, N) of int64, each string of that length."""
+    strings = torch.tensor(list(itertools.product(range(vocab_size), repeat=n_tokens)), dtype=torch.int64)
+    return strings.view(vocab_size**n_tokens, n_tokens)
+
+
+def matches(expression, strings):
+    """Whether Python's re matches each string whole, (B,) of bool."""
+    pattern = re.compile(expression)
+    return torch.tensor(
+        [pattern.fullmatch("".join(LETTERS[token] for token in row)) is not None for row in strings.tolist()]
+    )
+
+
+# ------------------------------------------------------------------------------------------------- finite automata
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 5, 6])
+def test_a_regular_expression_accepts_what_pythons_does(expression, n_tokens):
+    strings = all_strings(n_tokens)
+    assert torch.equal(DFA.from_regex(expression, 4, LETTERS).accepts(strings), matches(expression, strings))
+
+
+regular_expressions = st.recursive(
+    st.sampled_from([*LETTERS, "(a|b)", "[ac]", "[^b]"]),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda pair: f"{pair[0]}{pair[1]}"),
+        st.tuples(inner, inner).map(lambda pair: f"({pair[0]}|{pair[1]})"),
+        inner.map(lambda each: f"({each})*"),
+        inner.map(lambda each: f"({each})?"),
+        inner.map(lambda each: f"({each}){{1,2}}"),
+    ),
+    max_leaves=6,
+)
+"""In the syntax that Python's re shares; within brackets the names of tokens have spaces between them."""
+
+
+def as_ours(expression):
+    """Within brackets this package has spaces between names."""
+    return re.sub(r"\[(\^?)(\w)(\w?)\]", r"[\1\2 \3]", expression)
+
+
+@given(expression=regular_expressions, other=regular_expressions)
+@settings(max_examples=60, deadline=None)
+def test_random_expressions_and_their_algebra(expression, other):
+    one, two = (DFA.from_regex(as_ours(each), 4, LETTERS) for each in (expression, other))
+    for n_tokens in range(5):
+        strings = all_strings(n_tokens)
+        first, second = matches(expression, strings), matches(other, strings)
+        assert torch.equal(one.accepts(strings), first)
+        assert torch.equal((one & two).accepts(strings), first & second)
+        assert torch.equal((one | two).accepts(strings), first | second)
+        assert torch.equal((~one).accepts(strings), ~first)
+
+
+@given(expression=regular_expressions)
+@settings(max_examples=30, deadline=None)
+def test_equal_languages_have_equal_minimal_tables(expression):
+    one = DFA.from_regex(as_ours(expression), 4, LETTERS)
+    same = (~~one | one) & ~(one & ~one)
+    for other in (same.minimized(), one.minimized()):
+        assert torch.equal(other.next, one.next)
+        assert torch.equal(other.is_accepting, one.is_accepting)
+
+
+@given(expression=regular_expressions)
+@settings(max_examples=30, deadline=None)
+def test_completable_counts_the_tokens_to_acceptance(expression):
+    dfa = DFA.from_regex(as_ours(expression), 4, LETTERS)
+    away = dfa.completable(4)  # (N + 1, S)
+    for n_tokens in range(5):
+        assert away[n_tokens, 0] == dfa.accepts(all_strings(n_tokens)).any()
+    for token in range(4):  # a state is as far away as the best of what follows it, plus one
+        assert (away[1:, :] | ~away[:-1, dfa.next[:, token]]).all()
+
+
+def test_tokens_are_numbers_names_classes_and_any():
+    dfa = DFA.from_regex("3 10 [1 4-6] [^0-11] .", 13)
+    assert dfa.accepts(
+        torch.tensor([[3, 10, 5, 12, 0], [3, 10, 4, 12, 12], [3, 10, 7, 12, 0], [3, 1, 5, 12, 0]])
+    ).equal(torch.tensor([True, True, False, False]))
+    names = ["(", ")", "and", "x1"]
+    assert DFA.from_regex('"(" x1 (and x1)* ")"', 4, names).accepts(torch.tensor([[0, 3, 2, 3, 1]])).all()
+    both = DFA.from_regex("(1*2*)&(.{3})", 3)
+    assert both.accepts(all_strings(3, 3)).sum() == 4
+    assert not both.accepts(all_strings(2, 3)).any()
+
+
+@pytest.mark.parametrize(
+    "expression, message",
+    [
+        ("(1 2", "does not parse"),
+        ("1 | | 2", "does not parse"),
+        ("* 1", "does not parse"),
+        ("1 $ 2", r"does not parse at '\$ 2'"),
+        ("1 13", "'13', which is no token: they go from 0 to 12"),
+        ("1 x", "'x', which is no token"),
+        ("[^0-12]", "which no token matches"),
+    ],
+)
+def test_an_expression_that_makes_no_sense_is_refused(expression, message):
+    with pytest.raises(ValueError, match=message):
+        DFA.from_regex(expression, 13)
+
+
+def test_an_automaton_from_its_transitions():
+    """An even number of 1s, and no 2."""
+    dfa = DFA.from_transitions({"even": {0: "even", 1: "odd"}, "odd": {0: "odd", 1: "even"}}, "even", ["even"], 3)
+    strings = all_strings(5, 3)
+    expected = ((strings == 1).sum(dim=1) % 2 == 0) & (strings != 2).all(dim=1)
+    assert torch.equal(dfa.accepts(strings), expected)
+    with pytest.raises(ValueError, match="a move leads to 'b'"):
+        DFA.from_transitions({"a": {0: "b"}}, "a", ["a"], 2)
+    with pytest.raises(ValueError, match="accepting state 'b'"):
+        DFA.from_transitions({"a": {0: "a"}}, "a", ["b"], 2)
+    with pytest.raises(ValueError, match="no token 2"):
+        DFA.from_transitions({"a": {2: "a"}}, "a", ["a"], 2)
+
+
+def test_an_end_token_fills_up():
+    dfa = DFA.from_regex("(0 1)* 0", 4).ended_by(3)
+    strings = all_strings(4)
+    expected = [row for row in strings.tolist() if row in ([0, 1, 0, 3], [0, 3, 3, 3])]
+    assert strings[dfa.accepts(strings)].tolist() == expected
+    assert len(expected) == 2
+    with pytest.raises(ValueError, match="token 1 cannot be the end"):
+        DFA.from_regex("(0 1)* 0", 4).ended_by(1)
+
+
+def test_longer_tokens_read_what_they_spell():
+    letters = DFA.from_regex("(a b)* c", 3, "abc")
+    spellings = ["a", "b", "c", "ab", "abab", "bc", "", "ax", "abc"]
+    dfa = letters.spelled_by(spellings, "abc")
+    strings = all_strings(3, len(spellings))
+    expected = [
+        "" not in (words := [spellings[token] for token in row]) and re.fullmatch("(ab)*c", "".join(words)) is not None
+        for row in strings.tolist()
+    ]
+    assert dfa.accepts(strings).tolist() == expected
+    assert any(expected)
+
+
+# --------------------------------------------------------------------------------------------- pushdown automata
+
+
+def is_balanced(row, pairs):
+    stack = []
+    for token in row:
+        if token in dict(pairs):
+            stack.append(dict(pairs)[token])
+        elif not stack or stack.pop() != token:
+            return False
+    return not stack
+
+
+def is_expression(row):
+    """By Python's own parser: token 0 is a digit, 1 an operator that cannot be a sign, 2 and 3 brackets."""
+    text = "".join(["7", "%", "(", ")"][token] for token in row)
+    if re.search(r"7\(|\)7|77|\(\)|\)\(", text):  # numbers of two digits, calls, tuples
+        return False
+    try:
+        compile(text, "", "eval")
+    except SyntaxError:
+        return False
+    return bool(text)
+
+
+def is_same_number(row):
+    """A number of 0s, then as many 1s, with any 2s between them."""
+    n = row.count(0)
+    return row.count(3) == 0 and row.count(1) == n and row == [0] * n + [2] * row.count(2) + [1] * n
+
+
+def same_number(depth=16):
+    moves = [
+        ("first", 0, None, "first", 1),
+        ("first", 2, None, "middle", STAY),
+        ("middle", 2, None, "middle", STAY),
+        *((state, 1, 1, "last", POP) for state in ("first", "middle", "last")),
+    ]
+    return PDA.from_transitions(moves, "first", ["first", "middle", "last"], 4, depth)
+
+
+LANGUAGES = {
+    "one bracket": (PDA.balanced([(0, 1)], 4), lambda row: is_balanced(row, [(0, 1)])),
+    "two brackets": (PDA.balanced([(0, 1), (2, 3)], 4), lambda row: is_balanced(row, [(0, 1), (2, 3)])),
+    "expressions": (PDA.expressions([0], [1], (2, 3), 4), is_expression),
+    "same number": (same_number(), is_same_number),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("n_tokens", [0, 1, 2, 3, 6, 7])
+def test_a_pushdown_automaton_accepts_what_brute_force_does(language, n_tokens):
+    pda, is_member = LANGUAGES[language]
+    strings = all_strings(n_tokens)
+    assert pda.accepts(strings).tolist() == [is_member(row) for row in strings.tolist()]
+    assert pda.completable(8)[1][0, n_tokens] == pda.accepts(strings).any()
+
+
+def test_what_needs_a_deeper_stack_is_refused():
+    shallow, deep = PDA.balanced([(0, 1)], 2, depth=2), PDA.balanced([(0, 1)], 2, depth=3)
+    deepest = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 1]])
+    assert shallow.accepts(deepest).tolist() == [False, True]
+    assert deep.accepts(deepest).tolist() == [True, True]
+    assert same_number(depth=2).completable(8)[1][0].tolist() == [1, 1, 1, 1, 1, 1, 1, 1, 1]
+    only_brackets = PDA.from_transitions(
+        [("in", 0, None, "in", 1), ("in", 1, 1, "out", POP), ("out", 1, 1, "out", POP)], "in", ["out"], 2, depth=2
+    )
+    assert only_brackets.completable(8)[1][0].tolist() == [0, 0, 1, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "moves, message",
+    [
+        ([("a", 0, None, "a", STAY), ("a", 0, 1, "b", STAY)], "two moves from state 'a' with token 0 and 1"),
+        ([("a", 5, None, "a", STAY)], "no token 5"),
+        ([("a", 0, 0, "a", POP)], "empty stack"),
+    ],
+)
+def test_moves_that_make_no_sense_are_refused(moves, message):
+    with pytest.raises(ValueError, match=message):
+        PDA.from_transitions(moves, "a", ["a"], 3)

@@ -1,0 +1,106 @@
+"""Grammars by llguidance: they keep the laws, and agree with the automata on regular languages."""
+
+import json
+import re
+
+import pytest
+import torch
+from properties import check_processor_laws
+from reference import random_model
+from test_automata import EXPRESSIONS, LETTERS, all_strings
+
+from mingpt.decoding.automata import DFA
+from mingpt.decoding.generation import beam_search, generate
+from mingpt.decoding.grammar import GrammarConstraint, tokenizer_of
+from mingpt.decoding.logits_processors import Context
+
+END, V = 10, 11  # V is random_model's
+T = 8
+SPELLINGS = ["0", "1", "2", "3", "4", "+", "*", "(", ")", "12", "end"]
+
+LARK = """
+start: term (("+" | "*") term)*
+term: NUMBER | "(" start ")"
+NUMBER: /[0-4]{1,2}/
+"""
+
+
+def random_prompts(n_rows, seed=1):
+    return torch.randint(V, (n_rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def texts(tokens):
+    """The text of each row up to its end token, None where it has none."""
+    rows = [row[: row.index(END)] if END in row else None for row in tokens.tolist()]
+    return [None if row is None else "".join(SPELLINGS[token] for token in row) for row in rows]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_llguidance_agrees_on_regular_languages(expression):
+    """After every beginning of up to four letters that can be completed, the same tokens may follow."""
+    dfa = DFA.from_regex(expression, 5, [*LETTERS, "e"]).ended_by(4)
+    grammar = GrammarConstraint.from_regex(expression, tokenizer_of([*LETTERS, "end"], end_token=4))
+    can_end = dfa.completable(len(dfa.next)).any(dim=0)  # (S,)
+    for n_tokens in range(5):
+        strings = all_strings(n_tokens)
+        states = torch.zeros(len(strings), dtype=torch.int64)
+        for token in strings.T:
+            states = dfa.next[states, token]
+        strings, states = strings[can_end[states]], states[can_end[states]]
+        if not len(strings):
+            continue
+        prompts = torch.zeros(len(strings), 1, dtype=torch.int64)
+        state = grammar.init(Context(prompts, 1, 6, 5))
+        for step in range(n_tokens + 1):
+            tokens = torch.cat([prompts, strings[:, :step]], dim=1)
+            state, allowed = grammar.allowed(state, Context(tokens, 1, 6, 5))
+        assert torch.equal(allowed, can_end[dfa.next[states]])
+
+
+def test_the_laws():
+    check_processor_laws(GrammarConstraint.from_lark(LARK, tokenizer_of(SPELLINGS, END)), vocab_size=V)
+
+
+def test_what_is_generated_is_in_the_grammar():
+    model, prompts = random_model(block_size=40), random_prompts(300)
+    grammar = GrammarConstraint.from_lark(LARK, tokenizer_of(SPELLINGS, END))
+    tokens = generate(model, prompts, 30, logits_processors=[grammar], do_sample=True, seed=0, stop_token=END)
+    found = [text for text in texts(tokens[:, T:]) if text is not None]
+    assert len(found) > 100
+    for text in found:
+        assert re.fullmatch(r"[0-4+*()]+", text)
+        assert isinstance(eval(re.sub(r"\d+", lambda match: str(int(match[0])), text)), int)
+    best, scores = beam_search(model, prompts[:3], 30, 4, logits_processors=[grammar], stop_token=END)
+    assert scores.isfinite().all()
+    assert all(eval(text) is not None for text in texts(best[:, :, T:].flatten(0, 1)) if text is not None)
+
+
+def test_json_of_a_schema():
+    spellings = [*'{}":,ab0', "true", "false", "end"]
+    assert len(spellings) == V
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"enum": [0]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    grammar = GrammarConstraint.from_json_schema(
+        {**schema, "x-guidance": {"whitespace_flexible": False}}, tokenizer_of(spellings, END)
+    )
+    model = random_model(block_size=40)
+    tokens = generate(
+        model, random_prompts(50), 30, logits_processors=[grammar], do_sample=True, seed=0, stop_token=END
+    )
+    for row in tokens[:, T:].tolist():
+        value = json.loads("".join(spellings[token] for token in row[: row.index(END)]))
+        assert value in ({"a": True, "b": 0}, {"a": False, "b": 0})
+
+
+def test_what_makes_no_sense_is_refused():
+    tokenizer = tokenizer_of(SPELLINGS, END)
+    with pytest.raises(ValueError, match=r"the grammar cannot go on: .*foo"):
+        GrammarConstraint.from_lark("start: foo", tokenizer)
+    with pytest.raises(ValueError, match="the grammar cannot go on"):
+        GrammarConstraint.from_regex("(1", tokenizer)
+    with pytest.raises(ValueError, match=f"has {V} tokens, the model has 5"):
+        GrammarConstraint.from_regex("1", tokenizer).init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, 3, 5))
