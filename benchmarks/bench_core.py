@@ -39,7 +39,7 @@ import baselines
 from reference import ReferenceLoop, reference_generate, reference_rows
 
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import accuracy_matrix, solve
+from mingpt.evaluation import accuracy_matrix, predict
 from mingpt.experiments import pipeline, reproduction
 from mingpt.prefix import initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
@@ -143,7 +143,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     reference = (lambda: reference_generate(old.model, prompts[:100], length, learned), 100)
     for n_rows in (100, 3200):
         works = {
-            "package": (lambda n=n_rows: solve(model, inputs[:n], n_positions, learned, precision=precision), n_rows),
+            "package": (lambda n=n_rows: predict(model, inputs[:n], n_positions, learned, precision=precision), n_rows),
             "reference": reference,
         }
         if has_transformers:

@@ -33,15 +33,15 @@ def answer(kind: str, n_rows: int, batch_size: int) -> None:
     prefix = initial_prefix(model, PADDING, "random").detach()
     rows = torch.cat([torch.zeros(n_rows, PADDING, dtype=torch.int64), torch.randint(1, 11, (n_rows, LENGTH))], dim=1)
 
-    def solve(batch: torch.Tensor, _=None) -> list[list[int]]:
+    def answer(batch: torch.Tensor, _=None) -> list[list[int]]:
         return model.generate(batch, LENGTH, prefixes=prefix)[:, -LENGTH:].tolist()
 
     def loop(examples: list[torch.Tensor]) -> list[list[int]]:
         starts = range(0, len(examples), batch_size)
-        return [answer for i in starts for answer in solve(torch.stack(examples[i : i + batch_size]))]
+        return [answer for i in starts for answer in answer(torch.stack(examples[i : i + batch_size]))]
 
     def predictor(examples: list[torch.Tensor]) -> list[list[int]]:
-        return Predictor(torch.stack, solve).predict(examples, batch_size)
+        return Predictor(torch.stack, answer).predict(examples, batch_size)
 
     way, examples = {"loop": loop, "predictor": predictor}[kind], list(rows)
     way(examples[: 2 * batch_size])

@@ -463,7 +463,7 @@ def _prefix_of(prefixes: dict[str, Any], task: str, folder: Path) -> Any:
 
 
 def _percent(score: Any) -> str:
-    low, high = score.interval
+    low, high = score.confidence_interval
     return (
         f"{score.n_correct}/{score.n_rows} = {100 * score.accuracy:.2f}% "
         f"(95% interval {100 * low:.2f} - {100 * high:.2f})"

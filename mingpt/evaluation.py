@@ -46,7 +46,7 @@ class Score:
         return self.n_correct / self.n_rows
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def confidence_interval(self) -> tuple[float, float]:
         """The 95% confidence interval of the accuracy (Wilson 1927), which is sound at 0 and 1 too."""
         n, z2 = self.n_rows, _Z95**2
         center = (self.n_correct + z2 / 2) / (n + z2)
@@ -56,12 +56,12 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """The score as JSON values."""
-        low, high = self.interval
+        low, high = self.confidence_interval
         return {
             "n_correct": self.n_correct,
             "n_rows": self.n_rows,
             "accuracy": self.accuracy,
-            "interval_95": [low, high],
+            "confidence_interval": [low, high],
             "by_position": list(self.by_position),
         }
 
@@ -91,7 +91,7 @@ def evaluate(
         dataset: usually of the "test" split; its prefix_padding is where the prefix goes.
         prefixes: one prefix for all rows, or one per row for ``n_rows`` rows.
         n_rows: how many rows.
-        options: batch_size, precision, logits_processors, forbidden_mass_record; see ``solve``.
+        options: batch_size, precision, logits_processors, forbidden_mass_record; see ``predict``.
 
     Raises:
         ValueError: if ``n_rows`` is not positive, or the prefix is longer than the dataset's prefix_padding.
@@ -99,11 +99,11 @@ def evaluate(
     if n_rows < 1:
         raise ValueError(f"n_rows must be at least 1, got {n_rows}")
     inputs, solutions = dataset.rows(range(n_rows))
-    return Score.of(solve(model, inputs, dataset.prefix_padding, prefixes, **options), solutions)
+    return Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions)
 
 
 @torch.no_grad()
-def solve(
+def predict(
     model: Any,
     inputs: np.ndarray,
     prefix_padding: int,
@@ -210,7 +210,7 @@ def constraint_effect(
         constraints: of ``mingpt.decoding.constraints``, together.
         prefixes: see ``evaluate``.
         n_rows: how many rows.
-        options: batch_size, precision; see ``solve``.
+        options: batch_size, precision; see ``predict``.
     """
     free = evaluate(model, dataset, prefixes, n_rows, **options)
     record: list[Tensor] = []
@@ -279,7 +279,7 @@ def accuracy_matrix(
         prefixes: by name; None is the model without a prefix.
         datasets: of one task each.
         n_rows: rows for each cell.
-        options: see ``solve``.
+        options: see ``predict``.
 
     Raises:
         ValueError: if a dataset has several tasks, or none are given.
@@ -300,7 +300,7 @@ def accuracy_matrix(
     for prefix in prefixes.values():
         scores: dict[int, Score] = {}
         for inputs, padding, columns in distinct:
-            outputs = solve(model, inputs, padding, prefix, **options)
+            outputs = predict(model, inputs, padding, prefix, **options)
             scores.update((column, Score.of(outputs, rows[column][1])) for column in columns)
         table.append(tuple(scores[column] for column in range(len(datasets))))
     return AccuracyMatrix(tuple(prefixes), tuple(str(dataset.tasks[0]) for dataset in datasets), tuple(table))
@@ -311,7 +311,7 @@ def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | No
     width = max(map(len, scores)) + 2
     lines = [f"{'':{width}}{'accuracy':>10}{'95% interval':>18}{'published':>12}"]
     for name, score in scores.items():
-        low, high = (100 * end for end in score.interval)
+        low, high = (100 * end for end in score.confidence_interval)
         theirs = (published or {}).get(name)
         line = f"{name:{width}}{100 * score.accuracy:>9.2f}%{f'{low:.2f} - {high:.2f}':>18}"
         lines.append(line + (f"{theirs:>11.2f}%" if theirs is not None else ""))
@@ -402,7 +402,7 @@ def eval(  # noqa: A001 (the seed notebook's name)
         model.to(device)
     n_rows = len(dataset) if max_batches is None else min(100 * max_batches, len(dataset))
     inputs, solutions = dataset.rows(range(n_rows))
-    outputs = solve(
+    outputs = predict(
         model,
         inputs,
         dataset.prefix_padding,

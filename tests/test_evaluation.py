@@ -33,7 +33,6 @@ from mingpt.evaluation import (
     evaluate,
     label_batch,
     score_table,
-    solve,
 )
 from mingpt.prefix import Prefix
 from mingpt.tasks import SIMPLE_TASKS, Add1, Divisible, InverseBinary, LessThan, Modulo, SortAscending, SortDescending
@@ -105,7 +104,7 @@ class FakeModel:
     ],
 )
 def test_interval_is_wilsons(n_correct, n_rows, low, high):
-    assert Score(n_correct, n_rows).interval == pytest.approx((low, high), abs=5e-5)
+    assert Score(n_correct, n_rows).confidence_interval == pytest.approx((low, high), abs=5e-5)
 
 
 @st.composite
@@ -116,22 +115,22 @@ def scores(draw):
 
 @given(scores())
 def test_interval_contains_the_accuracy(score):
-    low, high = score.interval
+    low, high = score.confidence_interval
     assert 0 <= low <= score.accuracy <= high <= 1
     assert low < high
 
 
 @given(scores(), st.integers(2, 20))
 def test_interval_shrinks_with_more_rows_of_the_same_accuracy(score, times):
-    low, high = score.interval
-    more_low, more_high = Score(score.n_correct * times, score.n_rows * times).interval
+    low, high = score.confidence_interval
+    more_low, more_high = Score(score.n_correct * times, score.n_rows * times).confidence_interval
     assert more_high - more_low < high - low
 
 
 @given(scores())
 def test_interval_of_the_mistakes_is_the_mirror_image(score):
-    low, high = score.interval
-    mirror_low, mirror_high = Score(score.n_rows - score.n_correct, score.n_rows).interval
+    low, high = score.confidence_interval
+    mirror_low, mirror_high = Score(score.n_rows - score.n_correct, score.n_rows).confidence_interval
     assert (1 - mirror_high, 1 - mirror_low) == pytest.approx((low, high), abs=1e-12)
 
 
@@ -147,7 +146,7 @@ def test_a_score_goes_to_json():
     import json
 
     values = json.loads(json.dumps(Score.of(np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 5]])).to_dict()))
-    low, high = values.pop("interval_95")
+    low, high = values.pop("confidence_interval")
     assert values == {"n_correct": 1, "n_rows": 2, "accuracy": 0.5, "by_position": [1.0, 0.5]}
     assert 0 < low < 0.5 < high < 1
 
@@ -335,7 +334,7 @@ def test_logits_processors_reach_the_model(half_trained):
         return logits.index_fill(1, torch.arange(1, logits.shape[1]), float("-inf"))
 
     inputs, solutions = dataset.rows(range(9))
-    answers = solve(model, inputs, dataset.prefix_padding, logits_processors=[only_zero])
+    answers = predict(model, inputs, dataset.prefix_padding, logits_processors=[only_zero])
     assert answers.shape == solutions.shape
     assert (answers == 0).all()
 
@@ -348,7 +347,7 @@ def test_solve_can_be_given_the_first_tokens(half_trained):
         [np.zeros((9, dataset.prefix_padding), dtype=np.int64), inputs, given_answers[:, :2]], axis=1
     )
     expected = reference_generate(model, torch.from_numpy(tokens), 1)[:, -3:].numpy()
-    answers = solve(
+    answers = predict(
         model, inputs, dataset.prefix_padding, n_given=2, given=given_answers, batch_size=4, precision="float32"
     )
     assert np.array_equal(answers, expected)

@@ -250,7 +250,7 @@ def paired_bars(
         (labels[0], with_prefix, -0.2, _DARK),
         (labels[1], without_prefix, 0.2, _PALE),
     ):
-        percent = 100 * np.array([(scores[task].accuracy, *scores[task].interval) for task in tasks])
+        percent = 100 * np.array([(scores[task].accuracy, *scores[task].confidence_interval) for task in tasks])
         accuracy, low, high = percent.T
         errors = np.maximum(0, [accuracy - low, high - accuracy])
         error_style = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, "ecolor": "0.15"}
@@ -295,7 +295,7 @@ def accuracy_curves(
     colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     for ax, (axis, lines) in zip(grid, panels.items(), strict=True):
         for name, scores in lines.items():
-            percent = 100 * np.array([(score.accuracy, *score.interval) for score in scores.values()])
+            percent = 100 * np.array([(score.accuracy, *score.confidence_interval) for score in scores.values()])
             accuracy, low, high = percent.T
             errors = np.maximum(0, [accuracy - low, high - accuracy])
             style = {"color": colors[name], "linewidth": 1.3, "markersize": 3.5, "capsize": 2, "label": name}

@@ -302,7 +302,10 @@ class Decoding:
         return self.model.prefix_cache(prefix), prefix.n_placeholders
 
     def _context(self) -> Context:
-        return Context(self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator)
+        n_placeholders = 0 if self.prefix is None else self.prefix.n_placeholders
+        return Context(
+            self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator, n_placeholders
+        )
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Context:
         n_new: how many will have been generated in the end.
         vocab_size: V.
         generator: the generation's source of random numbers, if it was given one.
+        n_placeholders: how many first tokens of the prompt stand for a prefix and are no content.
     """
 
     tokens: Tensor
@@ -42,6 +43,7 @@ class Context:
     n_new: int
     vocab_size: int
     generator: torch.Generator | None = None
+    n_placeholders: int = 0
 
     @property
     def step(self) -> int:

@@ -330,7 +330,7 @@ def format_table(results: Mapping[str, Any]) -> str:
         if row["group"] != group:
             group = row["group"]
             lines.append(f"-- {group} ".ljust(len(lines[0]), "-"))
-        low, high = row["with"]["interval_95"]
+        low, high = row["with"]["confidence_interval"]
         lines.append(
             f"{name:24}{percent(row['without']):>16}{published('without', name):>13}"
             f"{percent(row['with']):>18}{f'{100 * low:.2f} - {100 * high:.2f}':>18}{published('with', name):>13}"

@@ -274,7 +274,7 @@ def test_bars_are_the_accuracies_with_their_intervals():
         assert bars.errorbar is not None
         (segments,) = bars.errorbar[2]
         ends = [segment[:, 0] for segment in segments.get_segments()]
-        np.testing.assert_allclose(ends, [100 * np.array(scores[t].interval) for t in TASKS], atol=1e-9)
+        np.testing.assert_allclose(ends, [100 * np.array(scores[t].confidence_interval) for t in TASKS], atol=1e-9)
     places = dict(zip(labels(ax.yaxis), ax.get_yticks(), strict=True))
     assert list(places) == [name for group, tasks in GROUPS.items() for name in (group, *tasks)]
     for bar, task in zip(with_bars, TASKS, strict=True):
@@ -318,7 +318,7 @@ def test_accuracy_curves_are_the_scores_with_their_intervals():
             line, _, (errors,) = bars.lines
             assert line.get_xdata().tolist() == list(scores)
             assert line.get_ydata().tolist() == pytest.approx([100 * each.accuracy for each in scores.values()])
-            ends = [[100 * end for end in each.interval] for each in scores.values()]
+            ends = [[100 * end for end in each.confidence_interval] for each in scores.values()]
             found = [segment[:, 1].tolist() for segment in errors.get_segments()]
             assert np.allclose(found, ends)
         assert [75, 75] in [list(line.get_ydata()) for line in ax.lines]
