@@ -1,44 +1,47 @@
-"""Methods side by side: what each teaches one pretrained model, given as many learned numbers and as much training.
+"""Methods side by side: what each fits one pretrained model to, with as many trainable parameters and as much training.
 
 Legend: P prefix positions, C channels, L layers, K tasks.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mingpt import distributed
+from mingpt.distributed import run_on_main
 from mingpt.evaluation import AccuracyMatrix, Score, evaluate
 from mingpt.experiments import pipeline
+from mingpt.experiments.pipeline import Init, dataset
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import Reparametrization, average
-from mingpt.storage import checkpoint
+from mingpt.prefix import Prefix, Reparametrization, average
+from mingpt.storage.cache import beside, cached_json, read_json
+from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.training.metrics import RUNTIME_KEYS
 from mingpt.utils import CfgNode, nearest
 
-logger = logging.getLogger("mingpt")
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-Start = str | Sequence[int] | Tensor
+logger = logging.getLogger("mingpt")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to teach a pretrained model a task.
+    """One way to fit a pretrained model to a task.
 
     Attributes:
         kind: "full" trains all weights of a copy of the model, "lora" low-rank updates, and the others are the kinds of
             prefix of ``mingpt.prefix.Prefix``.
         learning_rate: of AdamW, decayed linearly to zero; see docs/methods.md for what was tried.
-        start: of an activation prefix: "padding" and "random", see ``mingpt.prefix.initial_prefix``; "tokens", what the
+        init: of an activation prefix: "padding" and "random", see ``mingpt.prefix.initial_prefix``; "tokens", what the
             model sees at the tokens 1 to P; "prefix", of the run's prefixes for the pretraining tasks the one with the
             lowest loss on the new task (Vu et al. 2022 transfer prompts so); "mean", the average of these.
         is_reparametrized: trains a key_value prefix through ``mingpt.prefix.Reparametrization``.
@@ -47,7 +50,7 @@ class Method:
 
     kind: str
     learning_rate: float
-    start: str = "padding"
+    init: str = "padding"
     is_reparametrized: bool = False
     targets: str = ""
 
@@ -57,10 +60,10 @@ METHODS = {
     "lora-mlp": Method("lora", 0.01, targets=r"mlp\.c_"),
     "lora-attention": Method("lora", 0.01, targets=r"attn\.c_attn"),
     "activation": Method("activation", 0.25),
-    "activation-random": Method("activation", 0.25, start="random"),
-    "activation-tokens": Method("activation", 0.25, start="tokens"),
-    "activation-prefix": Method("activation", 0.25, start="prefix"),
-    "activation-mean": Method("activation", 0.25, start="mean"),
+    "activation-random": Method("activation", 0.25, init="random"),
+    "activation-tokens": Method("activation", 0.25, init="tokens"),
+    "activation-prefix": Method("activation", 0.25, init="prefix"),
+    "activation-mean": Method("activation", 0.25, init="mean"),
     "key_value": Method("key_value", 0.25),
     "key_value-mlp": Method("key_value", 3e-3, is_reparametrized=True),
     "prompt": Method("prompt", 0.3),
@@ -75,8 +78,8 @@ class Result:
     Attributes:
         method: a name in ``METHODS``.
         task: its name.
-        n_parameters: how many learned numbers the task costs.
-        n_trained: how many were trained, which a reparametrization leaves behind but for the former.
+        n_parameters: how many parameters the task costs.
+        n_trained: how many were trained, of which a reparametrization leaves some behind.
         seconds: of training; prefixes of several tasks are trained at once, and share the time evenly.
         score: on test rows.
     """
@@ -91,95 +94,128 @@ class Result:
 
 def compare(
     config: CfgNode,
-    folder: str | Path,
+    run: str | Path,
     tasks: Sequence[Task] = TEST_TASKS,
     methods: Sequence[str] = tuple(METHODS),
     n_parameters: int | None = None,
 ) -> list[Result]:
-    """Teach a run's model each task by each method, and score them.
+    """Fit a run's model to each task by each method, and score them.
 
-    All methods have the same iterations and rows a task, and as many learned numbers as fit into ``n_parameters``: full
-    fine-tuning has all weights, a soft prompt no more positions than the run has places for a prefix.
+    All methods have the same iterations and rows a task, and as many trainable parameters as fit into ``n_parameters``:
+    full fine-tuning has all weights, a soft prompt no more positions than the run has placeholders for a prefix.
 
     Args:
         config: of the run; ``prefix`` is the budget of every method, but for its learning rate and ``converged_loss``.
-        folder: of the run, whose model and prefixes are read, or made first. What is found is kept in its folder
-            ``comparison``; results that are there are not computed again.
+        run: the folder, whose model and prefixes are read, or made first. Each result is kept in its folder
+            ``comparison/<method>``, and is not computed again.
         tasks: K of them.
         methods: names in ``METHODS``.
-        n_parameters: learned numbers a task, those of an activation prefix in all places by default.
+        n_parameters: trainable parameters a task, those of an activation prefix in all placeholders by default.
 
     Returns:
         The results, by methods and then by tasks as they are given.
 
     Raises:
-        ValueError: for an unknown method, one that cannot do with so few numbers, or a folder whose comparison has
-            another budget.
+        ValueError: for an unknown method, or one that cannot do with so few parameters.
     """
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
-    folder = Path(folder)
-    model, _ = pipeline.pretrain(config, folder)
+    model, _ = pipeline.pretrain(config, run, later_tasks=tasks)
     n_placeholders = config.data.prefix_size
-    n_numbers = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
-    sizes = {name: _size(model, METHODS[name], n_numbers, n_placeholders) for name in methods}
+    n_parameters = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
+    sizes = {name: _size(model, METHODS[name], n_parameters, n_placeholders) for name in methods}
+    return [
+        result
+        for name in methods
+        for result in _results(config, model, tasks, Path(run), name, METHODS[name], sizes[name])
+    ]
+
+
+def _results(
+    config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, method: Method, size: int
+) -> list[Result]:
+    """What one method comes to on some tasks: read where it is there, and fitted together where it is not."""
     budget = config.copy()
-    budget.prefix.merge_from_dict({"converged_loss": None})
-    settings = budget.to_dict() | {"n_parameters": n_numbers}
-    folder /= "comparison"
-    distributed.run_on_main(lambda: checkpoint.verify(folder / "config.json", settings, RUNTIME_KEYS))
-    path = folder / "results.json"
-    done = {(each.method, each.task): each for each in distributed.run_on_main(lambda: read_results(path))}
-    for name in methods:
-        missing = [task for task in tasks if (name, str(task)) not in done]
-        if missing:
-            start = _start(config, model, missing, folder.parent, METHODS[name].start, sizes[name])
-            for outcome in _teach(budget, model, missing, folder, name, sizes[name], start):
-                done[outcome.method, outcome.task] = outcome
-            content = json.dumps([asdict(each) | {"score": each.score.to_dict()} for each in done.values()], indent=1)
-            distributed.run_on_main(lambda content=content: checkpoint.write_atomic(path, content.encode()))
-    return [done[name, str(task)] for name in methods for task in tasks]
+    budget.prefix.merge_from_dict({"converged_loss": None, "learning_rate": method.learning_rate})
+    known: dict[str, Prefix] = {}
+    if method.init in ("prefix", "mean"):
+        found, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], run)
+        known = {str(task): found[str(task)] for task in PRETRAINING_TASKS}
+    shared = {
+        "stage": "compare",
+        "seed": config.seed,
+        "method": asdict(method),
+        "size": size,
+        "model": weights_hash(model),
+        "known": {task: checksum({"values": prefix.values}) for task, prefix in known.items()},
+        "recipe": {key: value for key, value in budget.prefix.to_dict().items() if key not in RUNTIME_KEYS},
+        "evaluation": {"n_rows": config.evaluation.n_rows, "precision": config.evaluation.precision},
+    }
+    folder = run / "comparison" / name
+    keys = {task: shared | {"data": dataset(config, "test", [task]).describe()} for task in tasks}
+    paths = {
+        task: beside(folder / f"{task}.json", key, lambda p: read_json(p).get("cache_key"))
+        for task, key in keys.items()
+    }
+    missing = [task for task in tasks if not run_on_main(paths[task].exists)]
+    fitted = _fit(budget, model, missing, folder, method, size, known) if missing else {}
+    results = []
+    for task in tasks:
+        value = cached_json(paths[task], keys[task], lambda task=task: fitted[task]())
+        results.append(Result(name, str(task), **(value | {"score": Score.from_dict(value["score"])})))
+    return results
 
 
-def read_results(path: str | Path) -> list[Result]:
-    """The results that ``compare`` has written to a file, none if there is no file yet."""
-    if not Path(path).exists():
-        return []
-    found = json.loads(Path(path).read_text())
-    return [Result(**(each | {"score": Score.from_dict(each["score"])})) for each in found]
+def _fit(
+    config: CfgNode,
+    model: GPT,
+    tasks: Sequence[Task],
+    folder: Path,
+    method: Method,
+    size: int,
+    known: Mapping[str, Prefix],
+) -> dict[Task, Callable[[], dict[str, Any]]]:
+    """For each task a function that gives the fields of its result; prefixes are trained together before."""
 
+    def measure(
+        task: Task, n_parameters: int, seconds: float, tuned: GPT = model, prefix: Prefix | None = None
+    ) -> dict[str, Any]:
+        evaluation, data = config.evaluation, dataset(config, "test", [task])
+        score = evaluate(tuned, data, prefix, evaluation.n_rows, precision=evaluation.precision)
+        n_trained = n_parameters
+        if method.is_reparametrized and prefix is not None:
+            n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
+        return {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds, "score": score.to_dict()}
 
-def as_matrix(results: Sequence[Result]) -> AccuracyMatrix:
-    """The scores of results as a matrix of methods by tasks, for its figure."""
-    scores = {(each.method, each.task): each.score for each in results}
-    methods, tasks = (tuple(dict.fromkeys(names)) for names in zip(*scores, strict=True))
-    return AccuracyMatrix(methods, tasks, tuple(tuple(scores[name, task] for task in tasks) for name in methods))
+    def full(task: Task) -> dict[str, Any]:
+        budget = config.copy()
+        budget.trainer = config.prefix
+        tuned, seconds = pipeline.fine_tune(budget, model, [task], folder, str(task))
+        return measure(task, model.n_parameters, seconds, tuned)
 
+    def lora(task: Task) -> dict[str, Any]:
+        lora, seconds = pipeline.train_lora(config, model, task, folder, str(task), size, method.targets)
+        lora.attach()
+        try:
+            return measure(task, lora.n_parameters, seconds)
+        finally:
+            lora.detach()
 
-def format_table(results: Sequence[Result]) -> str:
-    """Outcomes as a table for a terminal, a row for each task and a column for each method."""
-    matrix = as_matrix(results)
-    width = 12
-    heads = [name.split("-") for name in matrix.prefixes]
-    lines = [" " * 24 + "".join(f"{(head[n : n + 1] or [''])[0]:>{width}}" for head in heads) for n in range(2)]
-    for column, task in enumerate(matrix.tasks):
-        lines.append(f"{task:24}" + "".join(f"{100 * row[column].accuracy:>{width}.2f}" for row in matrix.scores))
-    lines.append("-" * len(lines[0]))
-    own = [[each for each in results if each.method == name] for name in matrix.prefixes]
-    for title, numbers in (
-        ("numbers learned a task", [str(each[0].n_parameters) for each in own]),
-        ("numbers trained a task", [str(each[0].n_trained) for each in own]),
-        ("seconds a task", [f"{sum(o.seconds for o in each) / len(each):.1f}" for each in own]),
-    ):
-        lines.append(f"{title:24}" + "".join(f"{number:>{width}}" for number in numbers))
-    n_rows = results[0].score.n_rows
-    lines += ["", f"percent of {n_rows} test rows whose every output token is right"]
-    return "\n".join(lines)
+    if method.kind in ("full", "lora"):
+        return {task: partial(full if method.kind == "full" else lora, task) for task in tasks}
+    init = _init(config, model, tasks, method.init, size, known)
+    prefixes, seconds = pipeline.train_prefixes(
+        config, model, tasks, folder, "prefixes", method.kind, size, init, method.is_reparametrized
+    )
+    return {
+        task: partial(measure, task, prefix.values.numel(), seconds / len(tasks), prefix=prefix)
+        for task, prefix in zip(tasks, prefixes.values(), strict=True)
+    }
 
 
 def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) -> int:
-    """How many positions, or ranks, of a method have at most ``n_parameters`` numbers."""
+    """How many positions, or ranks, of a method have at most ``n_parameters`` trainable parameters."""
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
     if method.kind == "full":
         return 1
@@ -191,67 +227,58 @@ def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) ->
         of_position = {"activation": n_layer * n_embd, "key_value": 2 * n_layer * n_embd, "prompt": n_embd}[method.kind]
         size = min(n_parameters // of_position, n_placeholders)
     if size < 1:
-        raise ValueError(f"{n_parameters} numbers are too few for {method}; give more")
+        raise ValueError(f"{n_parameters} trainable parameters are too few for {method}; give more")
     return size
 
 
-def _teach(
-    config: CfgNode, model: GPT, tasks: Sequence[Task], folder: Path, name: str, size: int, start: Start
-) -> Iterator[Result]:
-    """Teach the model some tasks by one method."""
-    method, config = METHODS[name], config.copy()
-    config.prefix.learning_rate = method.learning_rate
-    logger.info("%s on %d tasks", name, len(tasks))
-
-    def outcome(
-        task: Task, n_parameters: int, seconds: float, taught: GPT = model, prefix: Tensor | None = None
-    ) -> Result:
-        evaluation, data = config.evaluation, pipeline.dataset(config, "test", [task])
-        score = evaluate(taught, data, prefix, evaluation.n_rows, precision=evaluation.precision)
-        n_trained = n_parameters
-        if method.is_reparametrized and prefix is not None:
-            n_trained = sum(each.numel() for each in Reparametrization(prefix[None]).parameters())
-        return Result(name, str(task), n_parameters, n_trained, seconds, score)
-
-    if method.kind == "full":
-        config.trainer = config.prefix
-        for task in tasks:
-            taught, seconds = pipeline.fine_tune(config, model, [task], folder / name, str(task))
-            yield outcome(task, model.n_parameters, seconds, taught)
-    elif method.kind == "lora":
-        for task in tasks:
-            lora, seconds = pipeline.train_lora(config, model, task, folder / name, str(task), size, method.targets)
-            lora.attach()
-            try:
-                yield outcome(task, lora.n_parameters, seconds)
-            finally:
-                lora.detach()
-    else:
-        file = f"{name}_{checkpoint.json_checksum([str(task) for task in tasks])[:8]}"
-        prefixes, seconds = pipeline.train_prefixes(
-            config, model, tasks, folder, file, method.kind, size, start, method.is_reparametrized
-        )
-        for task in tasks:
-            prefix = prefixes[str(task)]
-            yield outcome(task, prefix.numel(), seconds / len(tasks), prefix=prefix)
-
-
 @torch.no_grad()
-def _start(config: CfgNode, model: GPT, tasks: Sequence[Task], folder: Path, how: str, size: int) -> Start:
-    """Where a method's prefixes start, as ``pipeline.train_prefixes`` takes it; ``folder`` is the run's."""
-    if how == "tokens":
+def _init(
+    config: CfgNode, model: GPT, tasks: Sequence[Task], init: str, size: int, known: Mapping[str, Prefix]
+) -> Init:
+    """What a method's prefixes are initialised from, as ``pipeline.train_prefixes`` takes it."""
+    if init == "tokens":
         return [1 + position % config.data.num_digits for position in range(size)]
-    if how not in ("prefix", "mean"):
-        return how
-    learned, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], folder)
-    known = {str(task): learned[str(task)][:, :size] for task in PRETRAINING_TASKS}
-    if how == "mean":
-        return average(list(known.values())).values[0]
+    if init not in ("prefix", "mean"):
+        return init
+    values = {name: prefix.values[0, :, :size] for name, prefix in known.items()}
+    if init == "mean":
+        return average(list(values.values())).values[0]
     chosen = []
     for task in tasks:
-        x, y = (each.to(model.device) for each in pipeline.dataset(config, "train", [task]).batch(range(200)))
-        losses = {name: model(x, y, prefixes=prefix)[1].item() for name, prefix in known.items()}
+        x, y = (each.to(model.device) for each in dataset(config, "train", [task]).batch(range(200)))
+        losses = {name: model(x, y, prefixes=each)[1].item() for name, each in values.items()}
         best = min(losses, key=losses.__getitem__)
-        logger.info("%s starts from %s's prefix, a loss of %.3f", task, best, losses[best])
-        chosen.append(known[best])
+        logger.info("%s: init from the prefix for %s, a loss of %.3f", task, best, losses[best])
+        chosen.append(values[best])
     return torch.stack(chosen)
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def as_matrix(results: Sequence[Result]) -> AccuracyMatrix:
+    """The scores of results as a matrix of methods by tasks, for its figure."""
+    scores = {(each.method, each.task): each.score for each in results}
+    methods, tasks = (tuple(dict.fromkeys(names)) for names in zip(*scores, strict=True))
+    return AccuracyMatrix(methods, tasks, tuple(tuple(scores[name, task] for task in tasks) for name in methods))
+
+
+def results_table(results: Sequence[Result]) -> DataFrame:
+    """Results as a table: a row for each task, in percent of rows solved, and one for each cost; a column a method."""
+    import pandas as pd
+
+    rows: Any = pd.DataFrame([asdict(each) | {"percent": 100 * each.score.accuracy} for each in results])
+    scores = rows.pivot_table("percent", "task", "method", sort=False)
+    costs = rows.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean().T
+    costs.index = ["parameters a task", "trained parameters a task", "seconds a task"]
+    return pd.concat([scores, costs])
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """``results_table`` as text for a terminal, with what the figures are of."""
+    import pandas as pd
+
+    table = results_table(results)
+    table.columns = pd.MultiIndex.from_tuples([name.partition("-")[::2] for name in table.columns])  # in two lines
+    text = table.to_string(float_format=lambda value: f"{value:.0f}" if value >= 1000 else f"{value:.2f}")
+    return f"{text}\n\npercent of {results[0].score.n_rows} test rows whose every output token is right"

@@ -1,4 +1,4 @@
-"""Reasoning in several steps: a later step's prompts are built from what earlier steps have generated.
+"""Plans of steps: a later step's prompts are built from what earlier steps have generated, so that prefixes chain.
 
 Legend: N examples, L row length, P prefix positions, T tokens of a prompt.
 
@@ -9,7 +9,6 @@ process, and sent to the others; all processes share the prediction; the outputs
 from __future__ import annotations
 
 import graphlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +28,8 @@ from mingpt.evaluation import Score
 from mingpt.experiments.predictor import Predictor, SampleSeeds
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
-from mingpt.storage.checkpoint import checksum, json_checksum, verify
-from mingpt.storage.weights import weights_hash
+from mingpt.storage.cache import cached_json, identity
+from mingpt.storage.checkpoint import json_checksum, weights_hash
 from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task
 from mingpt.training.precision import autocast
 from mingpt.utils import derived_seed, nearest
@@ -122,7 +121,7 @@ def predict(
         per_device_batch_size: rows that a process generates at a time.
         seed: of sampling; a draw is a function of it, the step's name and the example's index.
         precision: see ``mingpt.training.precision``; in "float32" the batch size does not show in the outputs.
-        folder: where each step leaves its outputs, ``<name>.jsonl``; after an interruption the same call goes on with
+        folder: where each step leaves its outputs, ``<name>.json``; after an interruption the same call goes on with
             what is missing there. Outputs must be JSON values then.
         seconds: a dictionary that receives how long each step took, prompts and outputs included.
 
@@ -130,23 +129,26 @@ def predict(
         The N outputs of every step, on every process.
 
     Raises:
-        ValueError: if prompts are not one row of tokens for each example, or the folder holds another run.
+        CheckpointError: if the folder has outputs of a step with other prompts, another model or other settings.
+        ValueError: if prompts are not one row of tokens for each example.
     """
-    folder = None if folder is None else Path(folder)
-    if folder is not None:
-        distributed.run_on_main(lambda: verify(folder / "plan.json", _describe(plan, examples, seed, precision)))
     outputs: Outputs = {}
+    model_hash = None if folder is None else weights_hash(plan.model)
     for step in plan.steps:
         start = time.perf_counter()
-        path = None if folder is None else folder / f"{step.name}.jsonl"
-        finished = None if path is None else distributed.run_on_main(lambda path=path: _read(path))
-        if finished is None:
-            earlier = {name: outputs[name] for name in step.depends_on}
-            prompts = distributed.run_on_main(lambda step=step, earlier=earlier: _prompts(step, examples, earlier))
-            finished = _predictor(plan.model, step, seed, precision).predict(
-                prompts, per_device_batch_size, step.name, path
-            )
-        outputs[step.name] = finished
+        earlier = {name: outputs[name] for name in step.depends_on}
+        prompts = distributed.run_on_main(lambda step=step, earlier=earlier: _prompts(step, examples, earlier))
+        predict = partial(_predictor(plan.model, step, seed, precision).predict, prompts, per_device_batch_size)
+        if folder is None:
+            outputs[step.name] = predict(step.name)
+        else:
+            # What the outputs are a function of; the prompt function counts by the prompts that it makes.
+            fields = {name: value for name, value in vars(step).items() if name not in ("prompt_fn", "metric_fn")}
+            key = {"stage": "step", "model": model_hash, "seed": seed, "precision": precision}
+            key |= {"prompts": json_checksum(prompts), "step": identity(fields)}
+            path, partial_path = (Path(folder) / f"{step.name}{suffix}" for suffix in (".json", ".partial.jsonl"))
+            outputs[step.name] = cached_json(path, key, partial(predict, step.name, partial_path, key))
+            distributed.run_on_main(partial(partial_path.unlink, missing_ok=True))
         if seconds is not None:
             seconds[step.name] = time.perf_counter() - start
     return outputs
@@ -213,31 +215,9 @@ def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
     def outputs(rows: list[list[int]]) -> list[Any]:
         return rows if step.output_fn is None else list(map(step.output_fn, rows))
 
-    def collate(prompts: list[Any]) -> Tensor:
-        return torch.from_numpy(np.array(prompts, dtype=np.int64))
-
-    return Predictor(collate, generate, outputs, model=model, seed=derived_seed(seed, step.name))
-
-
-def _describe(plan: Plan, examples: Sequence[Any], seed: int, precision: str) -> dict[str, Any]:
-    """What the outputs are a function of, as far as it can be told."""
-    steps = {}
-    for step in plan.steps:
-        prefix = step.prefix.values if isinstance(step.prefix, Prefix) else step.prefix
-        steps[step.name] = {
-            "depends_on": step.depends_on,
-            "max_new_tokens": step.max_new_tokens,
-            "prefix": None if prefix is None else checksum({"prefix": prefix}),
-            "logits_processors": [type(processor).__name__ for processor in step.logits_processors],
-            "options": {name: repr(value) for name, value in step.options.items()},
-        }
-    run = {"examples": json_checksum(list(examples)), "seed": seed, "precision": precision}
-    return run | {"model": weights_hash(plan.model), "steps": steps}
-
-
-def _read(path: Path) -> list[Any] | None:
-    """A finished step's outputs."""
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else None
+    return Predictor(
+        partial(torch.tensor, dtype=torch.int64), generate, outputs, model=model, seed=derived_seed(seed, step.name)
+    )
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans
@@ -248,7 +228,7 @@ def row_step(
     prefix: Tensor | Prefix | None,
     length: int,
     prefix_padding: int,
-    before: str | None = None,
+    input_step: str | None = None,
     **fields: Any,
 ) -> Step:
     """A step that maps rows of L integers to such rows, as the sandbox's tasks do.
@@ -258,22 +238,22 @@ def row_step(
         prefix: of the task that the step solves.
         length: L.
         prefix_padding: P, the zeros in front of a row, where the prefix goes.
-        before: the step whose outputs are this one's rows; without it they are the examples.
+        input_step: the step whose outputs are this one's rows; without it they are the examples.
         fields: further ones of ``Step``.
     """
 
     def prompt_fn(examples: Sequence[Any], outputs: Outputs) -> np.ndarray:
-        rows = np.array(examples if before is None else outputs[before], dtype=np.int64).reshape(-1, length)
+        rows = np.array(examples if input_step is None else outputs[input_step], dtype=np.int64).reshape(-1, length)
         return np.pad(rows, ((0, 0), (prefix_padding, 0)))
 
-    depends_on = () if before is None else (before,)
+    depends_on = () if input_step is None else (input_step,)
     return Step(name, prompt_fn, depends_on, prefix, max_new_tokens=length, **fields)
 
 
 def plan_from_composition(
     task: Task,
     model: GPT,
-    prefixes: Mapping[str, Tensor],
+    prefixes: Mapping[str, Tensor | Prefix | None],
     length: int = 10,
     num_digits: int = 10,
     prefix_padding: int = 10,

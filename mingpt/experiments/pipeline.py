@@ -1,7 +1,14 @@
-"""The stages of an experiment: each trains one thing, leaves a file of it, and from then on reads that file.
+"""The pipeline of an experiment: each stage trains one thing, leaves a file of it, and from then on reads that file.
 
-A stage that was cut off goes on from its last checkpoint, in the stage's own folder beside the file. A file that was
-made with other settings or from other data than are now asked for is refused, never quietly used.
+A run is a folder. A stage that was cut off goes on from its last state, in a folder beside its file. Every file says by
+its cache key what it was made of. A model of other settings is refused, since all else in the folder is for it;
+a prefix, a LoRA or a fine-tuned model of other settings is made beside the one that is there.
+
+    config.json                        the run's settings, the default of every command on the folder
+    model.safetensors                  the pretrained model
+    pretraining/                       metrics.jsonl, and state.safetensors until the stage is done
+    prefixes/<task>.safetensors        one prefix each
+    prefixes/training-<hash>/          the same of the prefixes that were trained together
 """
 
 from __future__ import annotations
@@ -9,26 +16,30 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mingpt import distributed
 from mingpt.datasets import CustomDataset
+from mingpt.distributed import resolve_device, run_on_main
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import N_AXES, Prefix, Reparametrization, initial_prefix
-from mingpt.storage import checkpoint, weights
-from mingpt.storage.checkpoint import CheckpointError
+from mingpt.storage.cache import CacheKey, beside, cached
+from mingpt.storage.checkpoint import checksum, json_checksum, read_description, weights_hash, write_atomic
+from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer
+from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config
 from mingpt.training.metrics import RUNTIME_KEYS
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
+
+Init = str | Sequence[int] | Tensor
+"""What a prefix is initialised from: see ``mingpt.prefix.initial_prefix``; or a prefix, or K of them."""
 
 
 def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset:
@@ -39,15 +50,15 @@ def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset
     )
 
 
-def build_model(config: CfgNode) -> GPT:
-    """A fresh model for the run, which has a token for everything that any of the sixteen tasks can produce."""
-    everything = dataset(config, "train", [*PRETRAINING_TASKS, *TEST_TASKS])
+def build_model(config: CfgNode, tasks: Sequence[Task] = (*PRETRAINING_TASKS, *TEST_TASKS)) -> GPT:
+    """A fresh model with a token for everything that one of the tasks reads or produces."""
+    data = dataset(config, "train", tasks)
     model_config = GPT.get_default_config()
     model_config.merge_from_dict(
         {
             "model_type": None,
-            "vocab_size": everything.get_vocab_size(),
-            "block_size": everything.get_block_size(),
+            "vocab_size": data.get_vocab_size(),
+            "block_size": data.get_block_size(),
             **{name: value for name, value in config.model.to_dict().items() if name != "dropout"},
             **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
         }
@@ -55,30 +66,46 @@ def build_model(config: CfgNode) -> GPT:
     return GPT(model_config)
 
 
-def pretrain(config: CfgNode, folder: str | Path, tasks: Sequence[Task] = PRETRAINING_TASKS) -> tuple[GPT, float]:
+# -------------------------------------------------------------------------------------------------- whole models
+
+
+def pretrain(
+    config: CfgNode,
+    run: str | Path,
+    tasks: Sequence[Task] = PRETRAINING_TASKS,
+    later_tasks: Sequence[Task] = TEST_TASKS,
+) -> tuple[GPT, float]:
     """Train a new model on tasks mixed, or read it where that is done.
 
     Args:
-        config: see ``mingpt.experiments.reproduction.get_default_config``; ``trainer`` is the budget.
-        folder: of the run; the file is ``model.safetensors``.
-        tasks: any, which the model is not told apart.
+        config: see ``mingpt.experiments.presets``; ``trainer`` is the budget.
+        run: the folder; a new one gets the configuration as its config.json.
+        tasks: any, with no token naming the task.
+        later_tasks: that the model is to have the vocabulary for too.
 
     Returns:
         The model in evaluation mode, and how many seconds its training took.
 
     Raises:
-        CheckpointError: if the file there is of other tasks or settings.
+        CheckpointError: if the model there is of other tasks or settings.
+        ValueError: for a configuration that makes no sense; nothing is written then.
     """
+    path = Path(run) / "model.safetensors"
+    for part in (config.trainer, config.prefix):
+        check_config(part)
 
     def build() -> GPT:
         set_seed(config.seed)
-        return build_model(config)
+        model = build_model(config, [*tasks, *later_tasks])
+        content = json.dumps(config.to_dict(), indent=1).encode()
+        run_on_main(lambda: write_atomic(path.with_name("config.json"), content))
+        return model
 
-    return _train_model(config, build, tasks, Path(folder) / "model.safetensors", "pretraining", {})
+    return _train_model(config, build, tasks, path, "pretraining", {"init": config.model.to_dict()})
 
 
 def fine_tune(
-    config: CfgNode, model: GPT, tasks: Sequence[Task], folder: str | Path, file: str = "fine_tuned"
+    config: CfgNode, model: GPT, tasks: Sequence[Task], run: str | Path, name: str = "fine_tuned"
 ) -> tuple[GPT, float]:
     """Train all weights of a copy of a model further, or read the result where that is done.
 
@@ -86,224 +113,212 @@ def fine_tune(
         config: ``trainer`` is the budget.
         model: stays as it is.
         tasks: any.
-        folder: of the run.
-        file: the name, in it, of the stage's folder and of its file.
+        run: the folder.
+        name: of the file in it.
 
     Returns:
         The copy in evaluation mode, and how many seconds its training took.
-
-    Raises:
-        CheckpointError: if the file there is of other tasks or settings, or of another model.
     """
 
     def build() -> GPT:
         set_seed(config.seed + 1)
         return copy.deepcopy(model)
 
-    cache_key = {"start": weights.weights_hash(model)}
-    return _train_model(config, build, tasks, Path(folder) / f"{file}.safetensors", file, cache_key)
+    return _train_model(config, build, tasks, Path(run) / f"{name}.safetensors", name, {"init": weights_hash(model)})
 
 
 def _train_model(
-    config: CfgNode, build: Callable[[], GPT], tasks: Sequence[Task], path: Path, stage: str, cache_key: dict[str, Any]
+    config: CfgNode, build: Callable[[], GPT], tasks: Sequence[Task], path: Path, name: str, own: dict[str, Any]
 ) -> tuple[GPT, float]:
     data = dataset(config, "train", tasks)
-    cache_key = cache_key | {"data": data.describe(), "recipe": _recipe(config.trainer)}
-    device = _device(config.trainer)
-    if distributed.run_on_main(path.exists):
-        model, description = weights.load_model(path, device)
-        _verify(path, description, cache_key)
-        seconds = description["metrics"]["seconds"]
-        logger.info("the model is in %s, trained in %.0f s", path, seconds)
-        return model, seconds
-    model = build()
-    trainer = Trainer(_trainer_config(config.trainer, path.parent / stage), model, data)
-    logger.info(
-        "%s: %.2fM parameters on %d tasks, %d iterations of %d rows on %s in %s",
-        stage,
-        model.n_parameters / 1e6,
-        len(data.tasks),
-        config.trainer.max_iters,
-        config.trainer.batch_size,
-        trainer.device,
-        trainer.precision,
-    )
-    trainer.run()
-    weights.save_model(path, model.eval(), **cache_key, metrics=_metrics(trainer))
-    if config.trainer.parallel == "fsdp":  # it is split; what comes next needs a whole one
-        model, _ = weights.load_model(path, device)
-    return model, trainer.seconds
+    key = _cache_key(name, config, config.trainer, data) | own
+    if name != "pretraining":
+        path = beside(path, key, _key_of)
+
+    def compute() -> None:
+        model, folder = build(), path.with_name(name if path.stem in ("model", name) else path.stem)
+        trainer = Trainer(_trainer_config(config.trainer, folder), model, data)
+        size, budget = f"{model.n_parameters / 1e6:.2f}M parameters", config.trainer
+        logger.info("%s: %s, %d iterations of %d rows", name, size, budget.max_iters, budget.batch_size)
+        logger.info("on %s in %s", trainer.device, trainer.precision)
+        _train(trainer, key, lambda **about: save_model(path, model.eval(), cache_key=key, **about))
+
+    device = resolve_device(config.trainer.device)
+    return _value_and_seconds(cached(path, key, compute, lambda path: load_model(path, device)))
+
+
+# --------------------------------------------------------------------------------- what is beside a frozen model
 
 
 def train_prefixes(
     config: CfgNode,
     model: GPT,
     tasks: Sequence[Task],
-    folder: str | Path,
-    file: str = "prefixes",
+    run: str | Path,
+    name: str = "prefixes",
     kind: str = "activation",
     n_positions: int | None = None,
-    start: str | Sequence[int] | Tensor = "padding",
+    init: Init = "padding",
     is_reparametrized: bool = False,
-) -> tuple[dict[str, Tensor], float]:
-    """Learn a prefix for each task, all at once, or read them where that is done.
+) -> tuple[dict[str, Prefix], float]:
+    """Train a prefix for each task, those that are missing at once, or read them where that is done.
 
     Args:
         config: ``prefix`` is the budget.
         model: stays as it is.
         tasks: any, K of them, also ones it was not pretrained on.
-        folder: of the run.
-        file: the name, in it, of the stage's folder and of the file of prefixes.
+        run: the folder.
+        name: of the folder in it, which has a file for each task.
         kind: of prefix, see ``mingpt.prefix.Prefix``.
-        n_positions: of each prefix, ``data.prefix_size`` by default; the places beyond keep their padding.
-        start: see ``mingpt.prefix.initial_prefix``; or a prefix to start from, or K of them.
+        n_positions: of each prefix, ``data.prefix_size`` by default; the placeholders beyond keep their padding.
+        init: see ``Init``.
         is_reparametrized: trains key_value prefixes through ``mingpt.prefix.Reparametrization``.
 
     Returns:
-        The prefixes by task name, (L, P, C), (L, 2, P, C) or (P, C) each, and how many seconds the training took.
-
-    Raises:
-        CheckpointError: if the file there is of other tasks, settings, kinds, sizes or starts, or for another model.
+        The prefixes by task, and how many seconds the training took.
     """
-    path = Path(folder) / f"{file}.safetensors"
-    data = [dataset(config, "train", [task]) for task in tasks]
-    size = start.shape[-2] if isinstance(start, Tensor) else n_positions or config.data.prefix_size
-    cache_key = {
-        "n_axes": N_AXES[kind],
-        "n_positions": size,
-        "data": [each.describe() for each in data],
-        "recipe": _recipe(config.prefix),
-        "start": checkpoint.checksum({"start": start}) if isinstance(start, Tensor) else start,
-        "is_reparametrized": is_reparametrized,
+    folder, tasks = Path(run) / name, list(tasks)
+    size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
+    inits = list(init) if isinstance(init, Tensor) and init.ndim > N_AXES[kind] else [init] * len(tasks)
+    shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": weights_hash(model)}
+    # Where a converged prefix gives its rows to the others, each depends on which were trained with it.
+    shared["trained_with"] = [str(task) for task in tasks] if config.prefix.converged_loss else None
+    keys = {
+        str(task): _cache_key("prefix", config, config.prefix, dataset(config, "train", [task]))
+        | shared
+        | {"init": checksum({"init": own}) if isinstance(own, Tensor) else own}
+        for task, own in zip(tasks, inits, strict=True)
     }
-    if distributed.run_on_main(path.exists):
-        prefixes, description = weights.load_prefixes(path, model)
-        tensor = next(iter(prefixes.values()))
-        found = {"n_axes": tensor.ndim, "n_positions": tensor.shape[-2], "start": "padding", "is_reparametrized": False}
-        _verify(path, found | description, cache_key)
-        seconds = description["metrics"]["seconds"]
-        logger.info("%d prefixes are in %s, trained in %.0f s", len(prefixes), path, seconds)
-        return prefixes, seconds
-    set_seed(config.seed + 1)
-    if not isinstance(start, Tensor):
-        start = initial_prefix(model, size, start, kind=kind)
-    values = start.detach() if start.ndim > N_AXES[kind] else start.detach()[None]
-    values = values.repeat(len(tasks) // len(values), *[1] * N_AXES[kind])
-    trained = Reparametrization(values) if is_reparametrized else Prefix(kind, values.requires_grad_())
-    trainer = PrefixTrainer(_trainer_config(config.prefix, path.parent / file), model, data, trained)
-    logger.info(
-        "learning %d prefixes at once: %d iterations of %d rows each",
-        len(tasks),
-        config.prefix.max_iters,
-        config.prefix.batch_size,
-    )
-    trainer.run()
-    learned = (trained() if isinstance(trained, Reparametrization) else trained.values).detach().clone()
-    prefixes = {str(task): value for task, value in zip(tasks, learned, strict=True)}
-    weights.save_prefixes(path, prefixes, model, **cache_key, metrics=_metrics(trainer))
-    return prefixes, trainer.seconds
+    paths = {each: beside(folder / f"{each}.safetensors", key, _key_of) for each, key in keys.items()}
+    missing = run_on_main(lambda: [number for number, each in enumerate(keys) if not paths[each].exists()])
+    if missing and config.prefix.converged_loss:
+        missing = list(range(len(tasks)))
+    if missing:
+        asked = [tasks[number] for number in missing]
+        own_keys = {str(task): keys[str(task)] for task in asked}
+        training = folder / f"training-{json_checksum(own_keys)[:8]}"
+        set_seed(config.seed + 1)
+        if isinstance(init, Tensor):
+            values = torch.stack([torch.as_tensor(inits[number]) for number in missing]).detach()
+        else:
+            values = initial_prefix(model, size, init, kind=kind).detach()[None].repeat_interleave(len(asked), 0)
+        trained = Reparametrization(values) if is_reparametrized else Prefix(kind, values.requires_grad_())
+        data = [dataset(config, "train", [task]) for task in asked]
+        trainer = PrefixTrainer(_trainer_config(config.prefix, training), model, data, trained)
+        budget = config.prefix
+        logger.info("%d prefixes: %d iterations of %d rows each", len(asked), budget.max_iters, budget.batch_size)
+
+        def save(**about: Any) -> None:
+            final = (trained() if isinstance(trained, Reparametrization) else trained.values).detach()
+            for each, value in zip(own_keys, final, strict=True):
+                about |= {"task": each, "training": training.name, "cache_key": own_keys[each]}
+                save_prefix(paths[each], Prefix(kind, value[None]), model, **about)
+
+        _train(trainer, {"prefixes": own_keys}, save)
+    found = {each: cached(paths[each], keys[each], _nothing, lambda path: load_prefix(path, model)) for each in keys}
+    # The prefixes of one training share its time.
+    seconds = {description["training"]: description["metrics"]["seconds"] for _, description in found.values()}
+    return {each: prefix for each, (prefix, _) in found.items()}, sum(seconds.values())
 
 
 def train_lora(
     config: CfgNode,
     model: GPT,
     task: Task,
-    folder: str | Path,
-    file: str = "lora",
+    run: str | Path,
+    name: str = "lora",
     rank: int = 1,
     targets: str = r"mlp\.c_",
 ) -> tuple[LoRA, float]:
-    """Learn a LoRA for a task, or read it where that is done.
+    """Train a LoRA for a task, or read it where that is done.
 
     Args:
-        config: ``prefix`` is the budget, as for whatever is learned beside the frozen model.
+        config: ``prefix`` is the budget, as for whatever is trained beside the frozen model.
         model: stays as it is.
         task: any.
-        folder: of the run.
-        file: the name, in it, of the stage's folder and of its file.
+        run: the folder.
+        name: of the file in it.
         rank: see ``mingpt.lora.LoRA``.
         targets: likewise.
 
     Returns:
         The LoRA, detached from the model, and how many seconds its training took.
-
-    Raises:
-        CheckpointError: if the file there is of another task, other settings or layers, or for another model.
     """
-    path = Path(folder) / f"{file}.safetensors"
     data = dataset(config, "train", [task])
-    cache_key = {"data": data.describe(), "recipe": _recipe(config.prefix), "rank": rank, "targets": targets}
-    if distributed.run_on_main(path.exists):
-        lora, description = weights.load_lora(path, model)
+    key = _cache_key("lora", config, config.prefix, data)
+    key |= {"rank": rank, "targets": targets, "model": weights_hash(model)}
+    path = beside(Path(run) / f"{name}.safetensors", key, _key_of)
+
+    def compute() -> None:
+        set_seed(config.seed + 1)
+        lora = LoRA(model, rank, targets)
+        try:
+            trainer = LoRATrainer(_trainer_config(config.prefix, path.with_suffix("")), model, data, lora)
+            logger.info("a LoRA of %d parameters for %s", lora.n_parameters, task)
+            _train(trainer, key, lambda **about: save_lora(path, lora, model, cache_key=key, **about))
+        finally:
+            lora.detach()
+
+    def load(path: Path) -> tuple[LoRA, dict[str, Any]]:
+        lora, description = load_lora(path, model)
         lora.detach()
-        _verify(path, description, cache_key)
-        return lora, description["metrics"]["seconds"]
-    set_seed(config.seed + 1)
-    lora = LoRA(model, rank, targets)
-    try:
-        trainer = LoRATrainer(_trainer_config(config.prefix, path.parent / file), model, data, lora)
-        logger.info("learning a LoRA of %d numbers for %s", lora.n_parameters, task)
-        trainer.run()
-    finally:
-        lora.detach()
-    weights.save_lora(path, lora, model, **cache_key, metrics=_metrics(trainer))
-    return lora, trainer.seconds
+        return lora, description
+
+    return _value_and_seconds(cached(path, key, compute, load))
 
 
-def cached(path: str | Path, cache_key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-    """Compute a JSON value and write it to a file, or read it where that is done.
+def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:
+    """Read what a run has trained.
 
     Args:
-        path: the file.
-        cache_key: JSON values that say what it depends on, such as settings.
-        compute: makes the value.
+        run: the folder.
+        device: where to put it, see ``mingpt.distributed.resolve_device``.
+
+    Returns:
+        The model in evaluation mode, its prefixes by name, and the model's description, whose "data" is for
+        ``CustomDataset.from_description``.
 
     Raises:
-        CheckpointError: if the file there is of something else.
+        FileNotFoundError: if there is no model.
+        ValueError: if the model was saved without saying what data it was trained on.
     """
-    path = Path(path)
-    if distributed.run_on_main(path.exists):
-        found = json.loads(path.read_text())
-        _verify(path, found["cache_key"], cache_key)
-        return found["value"]
-    value = compute()
-    content = json.dumps({"cache_key": cache_key, "value": value}, indent=1)
-    distributed.run_on_main(lambda: checkpoint.write_atomic(path, content.encode()))
-    return json.loads(content)["value"]
+    model, description = load_model(Path(run) / "model.safetensors", resolve_device(device))
+    data = description.get("cache_key", {}).get("data")
+    if data is None:
+        raise ValueError(f"{run}/model.safetensors does not say what data it was trained on; pretrain it with a run")
+    return model, load_prefixes(Path(run) / "prefixes", model), description | {"data": data}
 
 
-# --------------------------------------------------------------------------------------------------- bookkeeping
+# ------------------------------------------------------------------------------------------------------ one stage
 
 
-def verify(config: CfgNode, folder: Path) -> None:
-    """Write the configuration into the folder, or check that it is the one that is there."""
-    distributed.run_on_main(lambda: checkpoint.verify(folder / "config.json", config.to_dict(), RUNTIME_KEYS))
+def _cache_key(stage: str, config: CfgNode, budget: CfgNode, data: CustomDataset) -> dict[str, Any]:
+    recipe = {key: value for key, value in budget.to_dict().items() if key not in RUNTIME_KEYS}
+    return {"stage": stage, "seed": config.seed, "data": data.describe(), "recipe": recipe}
 
 
-def _verify(path: Path, description: Mapping[str, Any], cache_key: Mapping[str, Any]) -> None:
-    try:
-        for field, expected in json.loads(json.dumps(cache_key)).items():  # as a file has it: lists, no tuples
-            checkpoint.require_equal(path, field, description.get(field), expected)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; take another folder, or delete the file to have it made anew") from None
-
-
-def _metrics(trainer: Trainer) -> dict[str, float]:
-    return {"loss": trainer.loss.item(), "seconds": trainer.seconds}
+def _key_of(path: Path) -> CacheKey | None:
+    return read_description(path).get("cache_key")
 
 
 def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:
     config = config.copy()
-    config.checkpoint_path = folder / "state.safetensors"
-    config.metrics_path = folder / "metrics.jsonl"
+    config.checkpoint_path, config.metrics_path = folder / "state.safetensors", folder / "metrics.jsonl"
     return config
 
 
-def _recipe(config: CfgNode) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in RUNTIME_KEYS}
+def _train(trainer: Trainer, cache_key: CacheKey, save: Callable[..., None]) -> None:
+    """Train and save; then the state goes, so that deleting the file that was saved has it made anew."""
+    trainer.cache_key = dict(cache_key)
+    trainer.run()
+    save(metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds})
+    run_on_main(lambda: Path(trainer.config.checkpoint_path).unlink(missing_ok=True))
 
 
-def _device(config: CfgNode) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+def _value_and_seconds(found: tuple[Any, dict[str, Any]]) -> tuple[Any, float]:
+    value, description = found
+    return value, description["metrics"]["seconds"]
+
+
+def _nothing() -> None:
+    raise AssertionError("the file was written just now")

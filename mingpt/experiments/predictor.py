@@ -1,6 +1,6 @@
 """Predictions for a list of examples by all processes of a job, in order, whatever their number.
 
-Legend: N examples, B examples of a batch, W processes that share out the batches.
+Legend: N examples, B examples of a batch, W processes that share the batches.
 
 Batch b is process b mod W's, and the processes meet only once, when all is predicted: uneven work cannot hang. Batches
 do not depend on W, and random draws are a function of (seed, index of the example), so neither do the predictions.
@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
-from mingpt.storage.checkpoint import json_checksum, json_lines, verify, write_atomic
+from mingpt.storage.cache import verify_folder
+from mingpt.storage.checkpoint import json_checksum, json_lines, write_atomic
 from mingpt.utils import derived_seed
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class SampleSeeds:
 
     Attributes:
         seed: of the predictor.
-        indices: of the batch's B examples. ``generate(..., seed=sample_seeds.seed, row_numbers=sample_seeds.indices)`` samples by it.
+        indices: of the batch's B examples; ``generate(seed=sample_seeds.seed, row_numbers=sample_seeds.indices)``
+            samples by them.
     """
 
     seed: int
@@ -49,7 +52,7 @@ class Predictor:
     """Manages prediction on one process or many: under torchrun each takes its share of the examples.
 
     Attributes:
-        mesh: the DeviceMesh, or None where every process has the whole model.
+        mesh: the DeviceMesh, or None where every process has the full model.
     """
 
     def __init__(
@@ -67,13 +70,14 @@ class Predictor:
 
         Args:
             collate_fn: makes the input of a batch from B raw examples.
-            pred_fn: predicts from that input and the sample seeds of the batch, without gradients; it uses the model by itself.
+            pred_fn: predicts from that input and the SampleSeeds of the batch, without gradients; it uses the model by
+                itself.
             output_fn: makes a list of B predictions of what ``pred_fn`` gave; by default a tensor becomes nested lists,
                 and a list stays as it is.
-            mesh: with a dimension "data", over which the batches are shared out, or "model", over which the model's
+            mesh: with a dimension "data", over which the batches are distributed, or "model", over which the model's
                 parameters are split, or both.
-            sharding_rules: (pattern, placement) pairs on the names of the model's parameters, see ``mingpt.distributed.sharding``;
-                without them every process has the whole model.
+            sharding_rules: (pattern, placement) pairs on the names of the model's parameters, see
+                ``mingpt.distributed.sharding``; without them every process has the full model.
             model: the module that ``pred_fn`` uses: it is what the rules are for, and inputs go to its device.
             seed: of random draws.
 
@@ -95,7 +99,7 @@ class Predictor:
         per_device_batch_size: int,
         desc: str | None = None,
         path: str | Path | None = None,
-        run: Any = None,
+        cache_key: Any = None,
     ) -> list[Any]:
         """Predict for examples. All processes must get here, with the same examples.
 
@@ -106,47 +110,54 @@ class Predictor:
             path: a file that gets the predictions, a line of JSON each in the order of the examples. It appears when it
                 is complete; until then they gather in the folder ``path.parts``, and after an interruption the same
                 call, with any number of processes, predicts what is missing.
-            run: a JSON value that says what else the predictions depend on, such as a model's weights_hash; what was
-                left by another run is not continued.
+            cache_key: a JSON value that says what else the predictions depend on, such as the hash of a model's
+                weights; what another call has left in ``path.parts`` is not continued.
 
         Returns:
             N predictions in the order of the examples, on every process.
 
         Raises:
-            ValueError: if ``path.parts`` is of other examples or another run, or ``output_fn`` gave another number of
-                predictions than it got.
+            CheckpointError: if ``path.parts`` is of other examples or another cache key.
+            ValueError: if ``output_fn`` gave another number of predictions than it got.
         """
         from tqdm import tqdm
 
         if per_device_batch_size < 1:
             raise ValueError(f"per_device_batch_size must be at least 1, got {per_device_batch_size}")
         share, n_shares, is_writer = self._set_up()
-        parts, done = None if path is None else _Parts(Path(path)), {}
-        if parts is not None:
-            done = distributed.run_on_main(
-                lambda: parts.open({"examples": json_checksum(list(examples)), "seed": self.seed, "run": run})
-            )
+        parts, done, attempt = None, {}, 0
+        if path is not None:
+            parts = Path(path).with_name(Path(path).name + ".parts")
+            verify_folder(parts, {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key})
+            done, attempt = distributed.run_on_main(lambda: _collect(parts))
         missing = [index for index in range(len(examples)) if index not in done]
         batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
         own: dict[int, Any] = {}
         title = "Predicting" if desc is None else f"Predicting ({desc})"
         hidden = None if distributed.is_main() else True
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(parts.file(distributed.rank()).open("wb")) if parts and is_writer else None
+            log = None
+            if parts is not None and is_writer:
+                log = stack.enter_context((parts / f"process{distributed.rank()}-{attempt}.jsonl").open("xb"))
             for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
                 predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
-                if file is not None:
+                if log is not None:
                     lines = _lines(predicted)
-                    file.write(lines)
-                    file.flush()
+                    log.write(lines)
+                    log.flush()
                     predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
                 own.update(predicted)
         # A process that only helps to compute a share leaves reporting it to the one that writes.
         for other in distributed.all_gather(own if is_writer else {}):
             done.update(other)
         predictions = [done[index] for index in range(len(examples))]
-        if parts is not None:
-            distributed.run_on_main(lambda: parts.close(predictions))
+
+        def finish() -> None:
+            if path is not None and parts is not None:
+                write_atomic(path, _lines(predictions))
+                shutil.rmtree(parts)
+
+        distributed.run_on_main(finish)
         return predictions
 
     def _set_up(self) -> tuple[int, int, bool]:
@@ -166,7 +177,8 @@ class Predictor:
     def _predict_batch(self, examples: Sequence[Any], indices: list[int]) -> list[Any]:
         batch = self._collate_fn([examples[index] for index in indices])
         if self.model is not None:
-            batch = _to(batch, next(self.model.parameters()).device)
+            device = next(self.model.parameters()).device
+            batch = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, batch)
         predictions = self._output_fn(self._pred_fn(batch, SampleSeeds(self.seed, tuple(indices))))
         if not isinstance(predictions, list) or len(predictions) != len(indices):
             given = f"a list of {len(predictions)}" if isinstance(predictions, list) else type(predictions).__name__
@@ -176,39 +188,17 @@ class Predictor:
         return predictions
 
 
-class _Parts:
-    """What has been predicted before the file is complete: a folder beside it, where each process appends to its own.
+def _collect(parts: Path) -> tuple[dict[int, Any], int]:
+    """What interrupted calls have left: predictions by index, and how many files of them there are.
 
-    A line is ``[index, prediction]``; of a process that was killed the last one may be torn, which is no JSON then.
+    A line is ``[index, prediction]``; the last one of a process that was killed may be torn, which is no JSON then.
     """
-
-    def __init__(self, path: Path):
-        self.path, self.folder = path, path.with_name(path.name + ".parts")
-
-    def open(self, identity: Mapping[str, Any]) -> dict[int, Any]:
-        """Claim the folder for a run, and collect what an earlier part of that run has left: predictions by index."""
-        verify(self.folder / "run.json", identity)
-        collected = self.folder / "earlier.jsonl"
-        done: dict[int, Any] = {}
-        files = sorted(self.folder.glob("*.jsonl"))
-        for file in files:
-            for line in file.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    index, done[index] = json.loads(line)
-        write_atomic(collected, _lines(done.items()))
-        for file in files:
-            if file != collected:
-                file.unlink()
-        return done
-
-    def file(self, process: int) -> Path:
-        """Where a process writes, a new file after ``open``."""
-        return self.folder / f"process{process}.jsonl"
-
-    def close(self, predictions: list[Any]) -> None:
-        """Write the file, and remove the folder."""
-        write_atomic(self.path, _lines(predictions))
-        shutil.rmtree(self.folder)
+    done: dict[int, Any] = {}
+    files = sorted(parts.glob("process*.jsonl"))
+    for line in (line for file in files for line in file.read_text().splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            index, done[index] = json.loads(line)
+    return done, len(files)
 
 
 def _lines(values: Any) -> bytes:
@@ -222,14 +212,3 @@ def _lines(values: Any) -> bytes:
 
 def _as_list(predictions: Any) -> Any:
     return predictions.tolist() if isinstance(predictions, Tensor) else predictions
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors, in dictionaries, lists and tuples, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch

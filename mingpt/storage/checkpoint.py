@@ -6,15 +6,13 @@ renamed. The description and the tensors are one file, so that they cannot come 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +20,8 @@ from torch import Tensor
 import mingpt
 from mingpt import distributed
 from mingpt.distributed.sharding import full_tensor
+
+T = TypeVar("T")
 
 FORMAT = 1
 _HEADER = "mingpt"
@@ -35,17 +35,15 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, finds either all of it or what was there before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -63,43 +61,12 @@ def json_lines(values: Iterable[Any]) -> bytes:
     return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
-def verify(path: str | Path, run: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    """Write what a run is into its folder, or check that it is the one that the folder is of.
-
-    Args:
-        path: the file, JSON.
-        run: JSON values, nested.
-        ignored: keys that may differ.
-
-    Raises:
-        ValueError: if the file says otherwise, with the first difference.
-    """
-    path, run = Path(path), json.loads(json.dumps(run))
-    if not path.exists():
-        write_atomic(path, json.dumps(run, indent=1).encode())
-        return
-    try:
-        theirs = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it or choose another folder") from None
-    difference = _first_difference(theirs, run, "", ignored)
-    if difference:
-        name, old, new = difference
-        raise ValueError(
-            f"{path.parent} holds a run with {name} = {old!r}, this one has {new!r}; choose another folder"
-        )
-
-
-def _first_difference(old: Any, new: Any, name: str, ignored: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+def first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
     """Where nested values first differ, and how: the dotted name, the old value and the new one."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return None if old == new else (name, old, new)
-    for key in {**new, **old}:
-        if key not in ignored:
-            difference = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."), ignored)
-            if difference:
-                return difference
-    return None
+    differences = (first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")) for key in {**new, **old})
+    return next(filter(None, differences), None)
 
 
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -112,17 +79,18 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
     """
     from safetensors.torch import save
 
-    # Copies: safetensors refuses tensors that share memory.
-    tensors = {name: full_tensor(t).cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    full = {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
+        # Copies: safetensors refuses tensors that share memory.
+        own = {name: each.cpu().clone(memory_format=torch.contiguous_format) for name, each in full.items()}
         header = {
             "format": FORMAT,
             "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "description": description,
+            "description": json.loads(json.dumps(description)),  # as it will be read: with strings as keys, and lists
         }
-        header["checksum"] = checksum(tensors, header)
-        write_atomic(path, save(tensors, metadata={_HEADER: json.dumps(header)}))
+        header["checksum"] = checksum(own, header)
+        write_atomic(path, save(own, metadata={_HEADER: json.dumps(header)}))
 
     distributed.run_on_main(write)
 
@@ -134,6 +102,24 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged or was not written by ``save_checkpoint``.
     """
+    header, tensors = _read(path, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+    found = header.pop("checksum")
+    if found != checksum(tensors, header):
+        raise CheckpointError(f"{path}: field 'checksum' does not match; the file is damaged")
+    return tensors, header["description"] | {"versions": header["versions"]}
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Read the description of a checkpoint without its tensors, and so without checking the file as a whole.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see ``load_checkpoint``.
+    """
+    return _read(path, lambda _: None)[0]["description"]
+
+
+def _read(path: str | Path, read: Callable[[Any], T]) -> tuple[dict[str, Any], T]:
+    """A checkpoint's header, checked, and what ``read`` takes from the open file."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -141,8 +127,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            header, taken = json.loads((file.metadata() or {}).get(_HEADER, "null")), read(file)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
     if not isinstance(header, dict) or not {"format", "checksum", "versions", "description"} <= header.keys():
@@ -151,10 +136,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
-    found = header.pop("checksum")
-    if found != checksum(tensors, header):
-        raise CheckpointError(f"{path}: field 'checksum' does not match; the file is damaged")
-    return tensors, header["description"] | {"versions": header["versions"]}
+    return header, taken
 
 
 def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> None:
@@ -163,7 +145,7 @@ def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> No
     Raises:
         CheckpointError: naming the file, the first field that differs, and both values.
     """
-    difference = _first_difference(found, expected, field)
+    difference = first_difference(found, expected, field)
     if difference:
         name, old, new = difference
         raise CheckpointError(f"{path}: field '{name}' is {old!r}, expected {new!r}")
@@ -234,7 +216,6 @@ def json_checksum(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def weights_hash(model: torch.nn.Module) -> str:
+    """A checksum of a model's weights."""
+    return checksum(model.state_dict())

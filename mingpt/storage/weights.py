@@ -1,8 +1,7 @@
-"""Models and prefixes on disk: what to write beside the weights, and what to check when they are read."""
+"""Models, prefixes and LoRAs on disk: what is written beside the weights, and what is checked when they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,26 @@ from torch import Tensor
 
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.storage import checkpoint
-from mingpt.storage.checkpoint import CheckpointError, require_equal
+from mingpt.prefix import Prefix, as_prefix
+from mingpt.storage.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    require_equal,
+    save_checkpoint,
+    weights_hash,
+)
 
 
 def save_model(path: str | Path, model: GPT, **description: Any) -> None:
-    """Write a model.
+    """Write a model's weights and configuration.
 
     Args:
         path: the file.
-        model: whose weights and configuration are written.
-        description: JSON values to keep with it, such as data, recipe and metrics.
+        model: any GPT.
+        description: JSON values to keep with it, such as its cache_key and metrics.
     """
-    weights = model.state_dict()
-    checkpoint.save_checkpoint(path, weights, {"kind": "model", "config": model.config.to_dict(), **description})
+    save_checkpoint(path, model.state_dict(), {"kind": "model", "config": model.config.to_dict(), **description})
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, dict[str, Any]]:
@@ -34,59 +39,60 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged or is not a model of this package.
     """
-    tensors, description = checkpoint.load_checkpoint(path)
+    tensors, description = load_checkpoint(path)
     require_equal(path, "kind", description.get("kind"), "model")
     config = GPT.get_default_config()
-    known = config.to_dict()
-    for key in description["config"]:
-        if key not in known:
-            raise CheckpointError(f"{path}: field 'config.{key}' is not known to this version")
-    config.merge_from_dict(description["config"] | {"model_type": None})
     try:
+        config.update_from(description["config"], str(path))
         model = GPT(config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: field 'config' does not make a model: {error}") from None
-    checkpoint.load_weights(model, tensors, path)
+    load_weights(model, tensors, path)
     return model.to(device).eval(), description
 
 
-def save_prefixes(path: str | Path, prefixes: Mapping[str, Tensor], model: GPT, **description: Any) -> None:
-    """Write prefixes by name, for one model.
+def save_prefix(path: str | Path, prefix: Tensor | Prefix, model: GPT, **description: Any) -> None:
+    """Write a prefix, or K of one kind, for one model.
 
     Args:
         path: the file.
-        prefixes: (L, P, C), (L, 2, P, C) or (P, C) each, by the name of its task.
-        model: the model that they are for; its weights_hash is written, so that they are not used with another.
-        description: JSON values to keep with them.
+        prefix: see ``mingpt.prefix.as_prefix``; which rows of a batch have it is not kept.
+        model: that the prefix is for; the hash of its weights is written, so that it is not used with another.
+        description: JSON values to keep with it, such as its task, its cache_key and metrics.
     """
-    checkpoint.save_checkpoint(
-        path, prefixes, {"kind": "prefixes", "tasks": list(prefixes), "model": weights_hash(model), **description}
-    )
+    prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
+    own = {"kind": "prefix", "prefix": {"kind": prefix.kind, "n_placeholders": prefix.n_placeholders}}
+    save_checkpoint(path, {"values": prefix.values}, own | {"model": weights_hash(model)} | description)
 
 
-def load_prefixes(path: str | Path, model: GPT) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read prefixes, on the model's device and in the order in which they were written, and their description.
+def load_prefix(path: str | Path, model: GPT) -> tuple[Prefix, dict[str, Any]]:
+    """Read a prefix, on the model's device, and its description.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, holds no prefixes, or they are for another model.
+        CheckpointError: if it is damaged, holds no prefix, or is for another model.
     """
-    tensors, description = checkpoint.load_checkpoint(path)
-    require_equal(path, "kind", description.get("kind"), "prefixes")
-    for name, tensor in tensors.items():
-        if tensor.ndim > 2:  # a prompt has no layers
-            require_equal(path, f"{name}.n_layer", tensor.shape[0], model.config.n_layer)
-        require_equal(path, f"{name}.n_embd", tensor.shape[-1], model.config.n_embd)
-    require_equal(path, "model", description["model"], weights_hash(model))
-    return {name: tensors[name].to(model.device) for name in description["tasks"]}, description
+    tensors, description = load_checkpoint(path)
+    require_equal(path, "kind", description.get("kind"), "prefix")
+    try:
+        own = description["prefix"]
+        prefix = Prefix(own["kind"], tensors["values"].to(model.device), n_placeholders=own["n_placeholders"])
+        prefix.check(model.config.n_layer, model.config.n_embd, prefix.n_prefixes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: it does not hold a prefix for this model: {error}") from None
+    require_equal(path, "model", description.get("model"), weights_hash(model))
+    return prefix, description
+
+
+def load_prefixes(folder: str | Path, model: GPT) -> dict[str, Prefix]:
+    """Read every prefix of a folder, ``<name>.safetensors`` each, by name."""
+    return {path.stem: load_prefix(path, model)[0] for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def save_lora(path: str | Path, lora: LoRA, model: GPT, **description: Any) -> None:
-    """Write a LoRA for one model, whose weights_hash is written too; ``description`` is kept with it."""
-    layers = {"layers": list(lora.names), "scale": lora.scale}
-    checkpoint.save_checkpoint(
-        path, lora.state_dict(), {"kind": "lora", "model": weights_hash(model), **layers, **description}
-    )
+    """Write a LoRA for one model, with the hash of its weights; ``description`` is kept with it."""
+    own = {"kind": "lora", "layers": list(lora.names), "scale": lora.scale, "model": weights_hash(model)}
+    save_checkpoint(path, lora.state_dict(), own | description)
 
 
 def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
@@ -94,17 +100,15 @@ def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, holds no LoRA, or it is for another model.
+        CheckpointError: if it is damaged, holds no LoRA, or is for another model.
     """
-    tensors, description = checkpoint.load_checkpoint(path)
+    tensors, description = load_checkpoint(path)
     require_equal(path, "kind", description.get("kind"), "lora")
-    require_equal(path, "model", description["model"], weights_hash(model))
-    rank = len(tensors["a.0"])
-    lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)
-    lora.load_state_dict(tensors)
+    require_equal(path, "model", description.get("model"), weights_hash(model))
+    try:
+        rank = len(tensors["a.0"])
+        lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: it does not hold a LoRA for this model: {error}") from None
+    load_weights(lora, tensors, path)
     return lora, description
-
-
-def weights_hash(model: GPT) -> str:
-    """A checksum of the model's weights."""
-    return checkpoint.checksum(model.state_dict())

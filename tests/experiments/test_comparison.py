@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,7 +12,7 @@ from test_reproduction import tiny_config
 from mingpt.cli import cli
 from mingpt.evaluation import evaluate
 from mingpt.experiments import comparison, pipeline, reproduction
-from mingpt.experiments.comparison import METHODS, as_matrix, compare, format_table, read_results
+from mingpt.experiments.comparison import METHODS, as_matrix, compare, format_table, results_table
 from mingpt.storage import weights
 from mingpt.tasks import PRETRAINING_TASKS, DoubleHistogram, SortAscending, Task
 from mingpt.trainer import Trainer
@@ -31,30 +33,29 @@ def test_every_method_is_scored_on_every_task(compared):
     assert {each.score.n_rows for each in results} == {12}
 
 
-def test_methods_learn_as_many_numbers_as_a_prefix_at_most(compared):
+def test_methods_train_as_many_parameters_as_a_prefix_at_most(compared):
     folder, results = compared
     model, _ = weights.load_model(folder / "model.safetensors")
-    n_numbers = {each.method: each.n_parameters for each in results}
-    assert n_numbers.pop("full") == model.n_parameters
+    n_parameters = {each.method: each.n_parameters for each in results}
+    assert n_parameters.pop("full") == model.n_parameters
     budget = 2 * 10 * 8  # layers, positions, channels
     per_unit = {"lora-mlp": 2 * 2 * (8 + 32), "lora-attention": 2 * (8 + 24), "prompt": 8, "key_value": 32}
-    for name, number in n_numbers.items():
+    for name, number in n_parameters.items():
         unit = per_unit.get(name.removesuffix("-mlp") if name.startswith("key") else name, 16)
         assert number % unit == 0
         assert number <= budget
         if name != "prompt":  # it has no more places
             assert number > budget - unit
-    assert n_numbers["prompt"] == 10 * 8
+    assert n_parameters["prompt"] == 10 * 8
     for each in results:
         assert (each.n_trained > each.n_parameters) == (each.method == "key_value-mlp")
 
 
-def test_an_outcome_is_the_score_of_what_was_learned(compared):
+def test_a_result_is_the_score_of_what_was_trained(compared):
     folder, results = compared
     scores = {(each.method, each.task): each.score for each in results}
     model, _ = weights.load_model(folder / "model.safetensors")
-    (path,) = (folder / "comparison").glob("activation_*.safetensors")
-    prefixes, _ = weights.load_prefixes(path, model)
+    prefixes = weights.load_prefixes(folder / "comparison" / "activation" / "prefixes", model)
     task = TASKS[1]
     data = pipeline.dataset(tiny_config(), "test", [task])
     assert scores["activation", str(task)] == evaluate(model, data, prefixes[str(task)], 12)
@@ -76,31 +77,43 @@ def test_nothing_is_computed_twice_and_what_is_missing_is(compared, monkeypatch)
     more = compare(tiny_config(), folder, [*TASKS, SortAscending()], ["lora-mlp"])
     assert [str(each.tasks[0]) for each in trained] == ["SortAscending"]
     assert more[:2] == [each for each in results if each.method == "lora-mlp"]
-    assert {each.task for each in read_results(folder / "comparison" / "results.json")} >= {"SortAscending"}
+    assert len(list((folder / "comparison" / "lora-mlp").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.2}, {"init": "random"}])
+def test_an_edited_method_is_fitted_anew(compared, monkeypatch, changes):
+    folder, _ = compared
+    (before,) = compare(tiny_config(), folder, TASKS[:1], ["prompt"])
+    monkeypatch.setitem(METHODS, "prompt", replace(METHODS["prompt"], **changes))
+    trained, original = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (trained.append(self.config.learning_rate), original(self)))
+    compare(tiny_config(), folder, TASKS[:1], ["prompt"])
+    assert trained == [METHODS["prompt"].learning_rate]
+    monkeypatch.undo()
+    assert compare(tiny_config(), folder, TASKS[:1], ["prompt"]) == [before]
 
 
 def test_a_prefix_starts_from_the_known_one_that_fits_best(compared):
     folder, _ = compared
     config = tiny_config()
     model, _ = pipeline.pretrain(config, folder)
-    known, _ = weights.load_prefixes(folder / "prefixes.safetensors", model)
-    known = [known[str(task)] for task in PRETRAINING_TASKS]
-    starts = comparison._start(config, model, TASKS, folder, "prefix", 10)
-    for start, task in zip(starts, TASKS, strict=True):
+    loaded = weights.load_prefixes(folder / "prefixes", model)
+    known = {str(task): loaded[str(task)] for task in PRETRAINING_TASKS}
+    inits = comparison._init(config, model, TASKS, "prefix", 10, known)
+    for init, task in zip(inits, TASKS, strict=True):
         x, y = pipeline.dataset(config, "train", [task]).batch(range(200))
-        losses = [model(x, y, prefixes=prefix)[1].item() for prefix in known]
-        assert torch.equal(start, known[losses.index(min(losses))])
-    mean = comparison._start(config, model, TASKS, folder, "mean", 10)
-    torch.testing.assert_close(mean, sum(known) / 7)
-    assert comparison._start(config, model, TASKS, folder, "prefix", 4).shape[2] == 4  # as many as fit the budget
+        losses = [model(x, y, prefixes=prefix)[1].item() for prefix in known.values()]
+        assert torch.equal(init, list(known.values())[losses.index(min(losses))].values[0])
+    mean = comparison._init(config, model, TASKS, "mean", 10, known)
+    torch.testing.assert_close(mean, sum(prefix.values[0] for prefix in known.values()) / 7)
+    assert comparison._init(config, model, TASKS, "prefix", 4, known).shape[2] == 4  # as many as fit the budget
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"methods": ["lora_mlp"]}, r"unknown method 'lora_mlp'.*lora-mlp"),
-        ({"methods": ["lora-mlp"], "n_parameters": 100}, "100 numbers are too few"),
-        ({"n_parameters": 200}, "n_parameters = 160, this one has 200"),
+        ({"methods": ["lora-mlp"], "n_parameters": 100}, "100 trainable parameters are too few"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(compared, options, message):
@@ -109,19 +122,17 @@ def test_what_cannot_be_compared_is_refused(compared, options, message):
         compare(tiny_config(), folder, TASKS, **options)
 
 
-def test_the_table_and_the_command_say_every_outcome(compared):
+def test_the_table_and_the_command_say_every_result(compared):
     folder, results = compared
-    lines = format_table(results).splitlines()
-    assert len({len(line) for line in lines[:5]}) == 1
-    matrix = as_matrix(results)
-    for task in TASKS:
-        line = next(line for line in lines if line.startswith(str(task)))
-        assert line.split()[1:] == [f"{100 * matrix[name, str(task)].accuracy:.2f}" for name in METHODS]
-    settings = [f"--set={key}" for key in ("model.n_embd=8", "trainer.max_iters=4", "trainer.batch_size=14")]
-    settings += [f"--set=prefix.{key}" for key in ("max_iters=3", "batch_size=2")]
-    settings += [f"--set=evaluation.{key}" for key in ("n_rows=12", "n_matrix_rows=6")]
+    table, matrix = results_table(results), as_matrix(results)
+    assert list(table.columns) == list(METHODS)
+    for name in METHODS:
+        assert [table.loc[str(task), name] for task in TASKS] == [
+            100 * matrix[name, str(task)].accuracy for task in TASKS
+        ]
+    assert table.loc["parameters a task", "full"] == results[0].n_parameters
     names = [argument for task in TASKS for argument in ("--task", str(task))]
-    result = CliRunner().invoke(cli, ["compare", "--preset", "smoke", "--out", str(folder), *names, *settings])
+    result = CliRunner().invoke(cli, ["compare", "--run", str(folder), *names])
     assert result.exit_code == 0, result.output
-    assert result.output.startswith(format_table(results))
+    assert format_table(results) in result.stdout
     assert (folder / "figures" / "comparison.png").stat().st_size > 10_000

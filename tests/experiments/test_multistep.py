@@ -8,8 +8,11 @@ import torch
 from distributed_script import random_model, random_rows, run_job
 
 from mingpt.datasets import CustomDataset
+from mingpt.decoding.automata import DFA
+from mingpt.decoding.constraints import RegularConstraint
 from mingpt.experiments import multistep
 from mingpt.experiments.multistep import Plan, Step, known_constraints, plan_from_composition
+from mingpt.storage.checkpoint import CheckpointError
 from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Add1, SortAscending, Task
 
 
@@ -128,31 +131,39 @@ def test_a_killed_plan_goes_on_with_what_is_missing(tmp_path, alone):
     with pytest.raises(AssertionError):
         run_job("three_steps", 2, tmp_path, dies_in="second")
     folder = tmp_path / "plan"
-    assert (folder / "first.jsonl").exists()
-    assert not (folder / "second.jsonl").exists()
-    n_done = sum(part.read_text().count("\n") for part in (folder / "second.jsonl.parts").glob("process*"))
+    assert (folder / "first.json").exists()
+    assert not (folder / "second.json").exists()
+    n_done = sum(part.read_text().count("\n") for part in (folder / "second.partial.jsonl.parts").glob("process*"))
     assert n_done >= 4
     results = run_job("three_steps", 2, tmp_path)
-    assert [name for name, _ in results[0]["calls"]] == ["second", "third"]
+    assert [name for name, _ in results[0]["calls"]] == ["first", "second", "third"]
     predicted = {name: sum(result["predicted"].get(name, 0) for result in results) for name in alone["predicted"]}
     assert predicted == {"first": 0, "second": 23 - n_done, "third": 23}
     assert results[1]["outputs"] == alone["outputs"]
-    whole = tmp_path / "whole"
-    run_job("three_steps", 1, whole)
-    for name in ("first", "second", "third"):
-        assert (folder / f"{name}.jsonl").read_bytes() == (whole / "plan" / f"{name}.jsonl").read_bytes()
+    run_job("three_steps", 1, tmp_path / "alone")
+    assert sorted(path.name for path in folder.iterdir()) == ["first.json", "second.json", "third.json"]
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "alone" / "plan" / path.name).read_bytes()
 
 
-def test_a_folder_of_another_plan_is_refused(tmp_path):
-    plan = Plan(random_model(), [step("a")])
-    multistep.predict(plan, random_rows(3), folder=tmp_path)
-    with pytest.raises(ValueError, match="holds a run with examples = "):
-        multistep.predict(plan, random_rows(2), folder=tmp_path)
-    with pytest.raises(ValueError, match="holds a run with model = "):
-        multistep.predict(Plan(random_model(0.3), [step("a")]), random_rows(3), folder=tmp_path)
-    other = Plan(random_model(), [step("a", prefix=torch.ones(2, 3, 16))])
-    with pytest.raises(ValueError, match=r"holds a run with steps\.a\.prefix = None"):
-        multistep.predict(other, random_rows(3), folder=tmp_path)
+def test_outputs_of_another_plan_are_refused(tmp_path):
+    """Whatever a step's outputs depend on: its rows, the model, the prefix, an option, what a processor holds."""
+
+    def within(expression):
+        return step("a", logits_processors=(RegularConstraint(DFA.from_regex(expression, 13)),))
+
+    def predict(step, rows=random_rows(3), model=random_model()):  # noqa: B008 (made once, never changed)
+        return multistep.predict(Plan(model, [step]), rows, folder=tmp_path)
+
+    first = predict(within("[1-5]*"))
+    assert predict(within("[1-5]*")) == first
+    with pytest.raises(CheckpointError, match=r"a\.json: it was made with prompts = "):
+        predict(within("[1-5]*"), rows=random_rows(2))
+    with pytest.raises(CheckpointError, match="it was made with model = "):
+        predict(within("[1-5]*"), model=random_model(0.3))
+    for other in (within("[2-6]*"), step("a"), step("a", prefix=torch.ones(2, 3, 16)), step("a", options={"seed": 1})):
+        with pytest.raises(CheckpointError, match=r"it was made with step\."):
+            predict(other)
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans

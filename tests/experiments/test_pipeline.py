@@ -1,15 +1,18 @@
-"""Stages: what each leaves is what it read back, and what was made otherwise is refused."""
+"""The pipeline: what a stage leaves is what it reads back, and what was made otherwise is never believed."""
 
 from __future__ import annotations
+
+import json
+import shutil
 
 import pytest
 import torch
 from test_reproduction import tiny_config
 
 from mingpt.experiments import pipeline
-from mingpt.prefix import as_prefix, initial_prefix
-from mingpt.storage.checkpoint import CheckpointError
-from mingpt.tasks import Add1, SortAscending, SortDescending
+from mingpt.prefix import initial_prefix
+from mingpt.storage.checkpoint import CheckpointError, read_description
+from mingpt.tasks import Add1, SortAscending, SortDescending, Task
 from mingpt.trainer import Trainer
 
 TASKS = [SortAscending(), Add1()]
@@ -17,12 +20,16 @@ TASKS = [SortAscending(), Add1()]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stages")
+    folder = tmp_path_factory.mktemp("runs") / "run"
     return folder, pipeline.pretrain(tiny_config(), folder, TASKS)[0]
 
 
 def weights_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def values_of(prefixes):
+    return {name: prefix.values for name, prefix in prefixes.items()}
 
 
 def same(first, second):
@@ -37,12 +44,50 @@ def forbid_training(monkeypatch):
     return forbid
 
 
-def test_a_model_of_other_tasks_or_another_budget_is_refused(run):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"data\.tasks = \['SortAscending', 'Add1'\]"),
+        ({"trainer.max_iters": 5}, r"recipe\.max_iters = 4, asked for is 5"),
+        ({"model.n_layer": 3}, r"init\.n_layer = 2, asked for is 3"),
+        ({"model.n_embd": 16}, r"init\.n_embd = 8, asked for is 16"),
+        ({"seed": 1}, "seed = 0, asked for is 1"),
+    ],
+)
+def test_a_model_of_other_settings_is_refused(run, tmp_path, settings, message):
+    """Also where the model's file was copied into a folder of another run."""
     folder, _ = run
-    with pytest.raises(CheckpointError, match=r"field 'data\.tasks' is .*delete the file"):
-        pipeline.pretrain(tiny_config(), folder, [Add1()])
-    with pytest.raises(CheckpointError, match=r"field 'recipe\.max_iters' is 4, expected 5"):
-        pipeline.pretrain(tiny_config(**{"trainer.max_iters": 5}), folder, TASKS)
+    tasks = TASKS if settings else [Add1()]
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: it was made with {message}.*choose another folder"
+    ):
+        pipeline.pretrain(tiny_config(**settings), folder, tasks)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        pipeline.pretrain(tiny_config(**settings), tmp_path, tasks)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("setting", ["trainer.optimizer", "prefix.lr_schedule", "trainer.precision"])
+def test_a_mistake_in_the_settings_leaves_nothing(tmp_path, setting):
+    config = tiny_config()
+    config.override(setting, "adam")
+    with pytest.raises(ValueError, match="adam"):
+        pipeline.pretrain(config, tmp_path / "run", TASKS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_stage_leaves_no_state_and_deleting_its_file_makes_it_anew(tmp_path, monkeypatch):
+    model, _ = pipeline.pretrain(tiny_config(), tmp_path, TASKS)
+    assert not list(tmp_path.rglob("state.safetensors"))
+    runs, original = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (runs.append(1), original(self)))
+    pipeline.pretrain(tiny_config(), tmp_path, TASKS)
+    assert runs == []
+    (tmp_path / "model.safetensors").unlink()
+    again, _ = pipeline.pretrain(tiny_config(), tmp_path, TASKS)
+    assert runs == [1]
+    assert same(weights_of(again), weights_of(model))
 
 
 def test_fine_tuning_is_of_a_copy_and_is_read_back(run, tmp_path, forbid_training):
@@ -52,90 +97,159 @@ def test_fine_tuning_is_of_a_copy_and_is_read_back(run, tmp_path, forbid_trainin
     assert same(weights_of(model), before)
     assert not same(weights_of(tuned), before)
     assert not tuned.training
+    other, _ = pipeline.fine_tune(tiny_config(), tuned, [SortDescending()], tmp_path)  # of another model: beside it
+    assert not same(weights_of(other), weights_of(tuned))
     forbid_training()
     again, seconds_again = pipeline.fine_tune(tiny_config(), model, [SortDescending()], tmp_path)
     assert same(weights_of(again), weights_of(tuned))
     assert seconds_again == seconds
-    with pytest.raises(CheckpointError, match="field 'start'"):
-        pipeline.fine_tune(tiny_config(), tuned, [SortDescending()], tmp_path)
+    assert same(
+        weights_of(pipeline.fine_tune(tiny_config(), tuned, [SortDescending()], tmp_path)[0]), weights_of(other)
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("activation", {}), ("key_value", {}), ("key_value", {"is_reparametrized": True}), ("prompt", {})],
 )
-def test_prefixes_of_every_kind_are_learned_and_read_back(run, tmp_path, forbid_training, kind, options):
+def test_prefixes_of_every_kind_know_it_on_disk(run, tmp_path, forbid_training, kind, options):
     _, model = run
-    learn = lambda **changes: pipeline.train_prefixes(  # noqa: E731
-        tiny_config(), model, TASKS, tmp_path, kind=kind, n_positions=3, **options, **changes
-    )
-    prefixes, _ = learn()
-    start = initial_prefix(model, 3, kind=kind).detach()
+    train = lambda **changes: pipeline.train_prefixes(  # noqa: E731
+        tiny_config(), model, TASKS, tmp_path, **{"kind": kind, "n_positions": 3} | options | changes
+    )[0]
+    prefixes, init = train(), initial_prefix(model, 3, kind=kind).detach()
     assert list(prefixes) == ["SortAscending", "Add1"]
+    assert {path.name for path in (tmp_path / "prefixes").glob("*.safetensors")} == {
+        "SortAscending.safetensors",
+        "Add1.safetensors",
+    }
     for prefix in prefixes.values():
-        assert as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1).kind == kind
-        assert not torch.equal(prefix, start)
+        assert prefix.kind == kind
+        assert prefix.n_prefixes == 1
+        assert not torch.equal(prefix.values[0], init)
+    others = [train(init="random"), train(n_positions=2), train(kind="activation" if kind == "prompt" else "prompt")]
+    assert all(not same(values_of(other), values_of(prefixes)) for other in others)
     forbid_training()
-    assert same(learn()[0], prefixes)
-    with pytest.raises(CheckpointError, match="field 'start' is 'padding', expected 'random'"):
-        learn(start="random")
-    for changes, field in (({"n_positions": 2}, "n_positions"), ({"kind": "prompt"}, "n_axes")):
-        if changes.get("kind") != kind:
-            with pytest.raises(CheckpointError, match=f"field '{field}' is"):
-                pipeline.train_prefixes(
-                    tiny_config(), model, TASKS, tmp_path, **{"kind": kind, "n_positions": 3} | changes
-                )
+    assert same(values_of(train()), values_of(prefixes))  # what was asked beyond it has not replaced it
+    assert same(values_of(train(init="random")), values_of(others[0]))
+
+
+def test_what_a_prefix_was_trained_with_is_part_of_what_it_is(run, tmp_path):
+    """Where converged prefixes give their rows to the others, a prefix depends on which others there were."""
+    _, model = run
+    independent = tiny_config(**{"prefix.converged_loss": 0})
+    pipeline.train_prefixes(independent, model, TASKS, tmp_path)
+    pipeline.train_prefixes(independent, model, [Add1()], tmp_path)
+    assert len(list((tmp_path / "prefixes").glob("*.safetensors"))) == 2
+    pipeline.train_prefixes(tiny_config(), model, TASKS, tmp_path / "shared")
+    pipeline.train_prefixes(tiny_config(), model, [Add1()], tmp_path / "shared")
+    assert len(list((tmp_path / "shared" / "prefixes").glob("Add1*.safetensors"))) == 2
+
+
+def test_only_missing_prefixes_are_trained(run, tmp_path, monkeypatch):
+    _, model = run
+    config = tiny_config(**{"prefix.converged_loss": 0})
+    alone = values_of(pipeline.train_prefixes(config, model, [Add1()], tmp_path)[0])
+    trained, original = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (trained.append(self), original(self)))
+    both = values_of(pipeline.train_prefixes(config, model, TASKS, tmp_path)[0])
+    assert [[str(d.tasks[0]) for d in each.train_dataset.datasets] for each in trained] == [["SortAscending"]]
+    assert torch.equal(both["Add1"], alone["Add1"])
+
+
+@pytest.mark.parametrize("change", ["init", "model"])
+def test_a_state_of_another_start_is_never_resumed(run, tmp_path, monkeypatch, change):
+    """A prefix that was cut off while it was trained from the padding is not the one that starts at random."""
+    _, model = run
+    config = tiny_config(**{"prefix.checkpoint_every": 1, "trainer.checkpoint_every": 1})
+
+    def train(folder, init, model):
+        if change == "init":
+            return values_of(pipeline.train_prefixes(config, model, TASKS, folder, init=init)[0])
+        return weights_of(pipeline.fine_tune(config, model, TASKS, folder)[0])
+
+    other_model = pipeline.fine_tune(tiny_config(), model, [Add1()], tmp_path / "other")[0]
+    expected = train(tmp_path / "alone", "random", other_model if change == "model" else model)
+    original = Trainer.run
+
+    def cut_off(trainer):
+        def stop(trainer):
+            if trainer.iter_num == 2:
+                raise KeyboardInterrupt
+
+        trainer.add_callback("on_batch_end", stop)
+        original(trainer)
+
+    monkeypatch.setattr(Trainer, "run", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", "padding", model)
+    monkeypatch.undo()
+    assert list((tmp_path / "run").rglob("state.safetensors"))
+    if change == "model":
+        with pytest.raises(CheckpointError, match=r"state\.safetensors: it was made with .*init"):
+            train(tmp_path / "run", "random", other_model)
+    else:
+        assert same(train(tmp_path / "run", "random", model), expected)
+
+
+class Edited(Task):
+    """A task whose code a user changes between two runs."""
+
+    sign = 1
+
+    def solve(self, x):
+        return x if self.sign > 0 else x[..., ::-1]
+
+
+def test_an_edited_task_is_another_one(run, tmp_path, monkeypatch):
+    _, model = run
+    first = values_of(pipeline.train_prefixes(tiny_config(), model, [Edited()], tmp_path)[0])
+    monkeypatch.setattr(Edited, "sign", -1)
+    assert not same(values_of(pipeline.train_prefixes(tiny_config(), model, [Edited()], tmp_path)[0]), first)
 
 
 def test_prefixes_start_where_they_are_told_to(run, tmp_path):
     _, model = run
     config = tiny_config(**{"prefix.max_iters": 0})
-    starts = torch.randn(2, model.config.n_layer, 4, model.config.n_embd)
-    shapes = {"one": starts[1], "each": starts}
-    for name, start in shapes.items():
-        prefixes, _ = pipeline.train_prefixes(config, model, TASKS, tmp_path, name, start=start)
-        expected = start.expand(2, *starts.shape[1:])
-        assert torch.equal(torch.stack(list(prefixes.values())), expected)
-    prefixes, _ = pipeline.train_prefixes(config, model, TASKS, tmp_path, "tokens", n_positions=4, start=[3, 1, 4, 1])
-    assert torch.equal(prefixes["Add1"], initial_prefix(model, 4, [3, 1, 4, 1]).detach())
+    inits = torch.randn(2, model.config.n_layer, 4, model.config.n_embd)
+    for name, init in {"one": inits[1], "each": inits}.items():
+        prefixes, _ = pipeline.train_prefixes(config, model, TASKS, tmp_path, name, init=init)
+        expected = init.expand(2, *inits.shape[1:])
+        assert torch.equal(torch.cat(list(values_of(prefixes).values())), expected)
+    prefixes, _ = pipeline.train_prefixes(config, model, TASKS, tmp_path, "tokens", n_positions=4, init=[3, 1, 4, 1])
+    assert torch.equal(prefixes["Add1"].values[0], initial_prefix(model, 4, [3, 1, 4, 1]).detach())
 
 
-def test_a_lora_is_learned_beside_the_model_and_read_back(run, tmp_path, forbid_training):
+def test_a_lora_is_trained_beside_the_model_and_read_back(run, tmp_path, forbid_training):
     _, model = run
     before = weights_of(model)
     x = pipeline.dataset(tiny_config(), "test", TASKS).batch(range(6))[0]
     plain = model(x)[0]
-    lora, _ = pipeline.train_lora(tiny_config(), model, Add1(), tmp_path, rank=2, targets=r"attn\.c_attn")
-    assert same(weights_of(model), before)
-    assert torch.equal(model(x)[0], plain)  # detached
-    lora.attach()
-    changed = model(x)[0]
-    lora.detach()
-    assert not torch.equal(changed, plain)
+
+    def train(**changes):
+        options = {"rank": 2, "targets": r"attn\.c_attn"} | changes
+        lora, _ = pipeline.train_lora(tiny_config(), model, Add1(), tmp_path, **options)
+        assert same(weights_of(model), before)
+        assert torch.equal(model(x)[0], plain)  # detached
+        lora.attach()
+        changed = model(x)[0]
+        lora.detach()
+        assert not torch.equal(changed, plain)
+        return changed
+
+    first, other = train(), train(rank=1)
+    assert not torch.equal(first, other)
     forbid_training()
-    again, _ = pipeline.train_lora(tiny_config(), model, Add1(), tmp_path, rank=2, targets=r"attn\.c_attn")
-    assert torch.equal(model(x)[0], plain)
-    again.attach()
-    assert torch.equal(model(x)[0], changed)
-    again.detach()
-    with pytest.raises(CheckpointError, match="field 'rank' is 2, expected 1"):
-        pipeline.train_lora(tiny_config(), model, Add1(), tmp_path, targets=r"attn\.c_attn")
-    assert torch.equal(model(x)[0], plain)
-    with pytest.raises(CheckpointError, match="field 'model'"):
-        pipeline.train_lora(
-            tiny_config(), pipeline.build_model(tiny_config()), Add1(), tmp_path, rank=2, targets=r"attn\.c_attn"
-        )
+    assert torch.equal(train(), first)
+    assert torch.equal(train(rank=1), other)
 
 
-def test_a_value_is_computed_once_and_for_its_settings_only(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return {1: [0.5, None]}
-
-    for _ in range(2):
-        assert pipeline.cached(tmp_path / "v.json", {"values": (1, 2)}, compute) == {"1": [0.5, None]}
-    assert len(calls) == 1
-    with pytest.raises(CheckpointError, match=r"field 'values' is \[1, 2\], expected \[1, 3\]"):
-        pipeline.cached(tmp_path / "v.json", {"values": (1, 3)}, compute)
+def test_a_run_is_read_whole(run):
+    folder, model = run
+    prefixes, _ = pipeline.train_prefixes(tiny_config(), model, TASKS, folder)
+    loaded, found, description = pipeline.load_run(folder, "cpu")
+    assert same(weights_of(loaded), weights_of(model))
+    assert same(values_of(found), values_of(prefixes))
+    assert description["data"]["tasks"] == ["SortAscending", "Add1"]
+    assert json.loads((folder / "config.json").read_text())["preset"] == "smoke"
+    assert read_description(folder / "prefixes" / "Add1.safetensors")["task"] == "Add1"

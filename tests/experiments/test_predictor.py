@@ -116,10 +116,10 @@ def test_only_what_is_missing_is_predicted_again(tmp_path, torn):
     examples = list(range(9))
     with pytest.raises(KeyboardInterrupt):
         Predictor(list, pred_fn).predict(examples, 2, path=path)
-    with (tmp_path / "out.jsonl.parts" / "process0.jsonl").open("a") as file:
+    with (tmp_path / "out.jsonl.parts" / "process0-0.jsonl").open("a") as file:
         file.write(torn)
-    for other, field in (({"examples": [0]}, "examples"), ({"run": "another model"}, "run")):
-        with pytest.raises(ValueError, match=f"holds a run with {field} = "):
+    for other, field in (({"examples": [0]}, "examples"), ({"cache_key": "another model"}, "other")):
+        with pytest.raises(ValueError, match=f"it was made with {field} = "):
             Predictor(list, pred_fn).predict(**{"examples": examples, "per_device_batch_size": 2, "path": path} | other)
     predictions = Predictor(list, pred_fn).predict(examples, 3, path=path)
     assert asked == [(0, 1), (2, 3), (4, 5), (4, 5, 6), (7, 8)]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import AccuracyMatrix, Score, bayes_loss
-from mingpt.experiments import pipeline, reproduction
-from mingpt.prefix import initial_prefix
+from mingpt.experiments import pipeline, presets, reproduction
+from mingpt.experiments.reproduction import EVERY_TASK
+from mingpt.prefix import Prefix, initial_prefix
 from mingpt.storage import weights
 from mingpt.storage.checkpoint import CheckpointError
-from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Add1, InverseBinary, SortAscending, SortDescending
+from mingpt.tasks import Add1, InverseBinary, SortAscending, SortDescending
+from mingpt.trainer import Trainer
 
 
 def tiny_config(**overrides):
-    config = reproduction.get_default_config("smoke")
+    config = presets.get_default_config("smoke")
     settings = {
         "model.n_embd": 8,
         "trainer.max_iters": 4,
@@ -46,61 +49,117 @@ def test_a_run_leaves_everything_that_it_promises(finished):
         "config.json",
         "results.json",
         "model.safetensors",
-        "prefixes.safetensors",
+        "prefixes/SortAscending+Add1.safetensors",
         "pretraining/metrics.jsonl",
-        "prefixes/metrics.jsonl",
         "figures/matrix.png",
         "figures/prefix_effect.png",
         "figures/pretraining.png",
         "figures/attention_none.png",
     } <= files
-    assert list(results["tasks"]) == [name for names in reproduction.GROUPS.values() for name in names]
-    assert len(results["tasks"]) == 16
+    assert len(list(folder.glob("prefixes/training-*/metrics.jsonl"))) == 1
+    assert list(results["tasks"]) == [str(task) for task in EVERY_TASK]
     assert {row["with"]["n_rows"] for row in results["tasks"].values()} == {12}
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((folder / "results.json").read_text())["value"] == results
 
 
 def test_the_figures_are_those_of_the_models_on_disk(finished):
     folder, results = finished
     config = tiny_config()
     model, _ = weights.load_model(folder / "model.safetensors")
-    prefixes, _ = weights.load_prefixes(folder / "prefixes.safetensors", model)
-    without, with_prefix, matrix = reproduction.evaluate_run(config, model, prefixes, [*PRETRAINING_TASKS, *TEST_TASKS])
+    prefixes = weights.load_prefixes(folder / "prefixes", model)
+    prefixes = {str(task): prefixes[str(task)] for task in EVERY_TASK}
+    without, with_prefix, matrix = reproduction.evaluate_run(config, model, prefixes, EVERY_TASK)
     loaded_with, loaded_without = reproduction.scores_of(results)
     assert loaded_with == with_prefix
     assert loaded_without == {name: score for name, score in without.items() if name != reproduction.MIXED}
     assert AccuracyMatrix.from_dict(results["matrix"]).accuracies.tolist() == matrix.accuracies.tolist()
 
 
-def test_the_table_has_a_line_for_each_task_with_the_published_figures(finished):
-    lines = reproduction.format_table(finished[1]).splitlines()
-    for task in [*PRETRAINING_TASKS, *TEST_TASKS]:
-        (line,) = [line for line in lines if line.split(" ")[0] == str(task)]
-        published = reproduction.PUBLISHED["with"].get(str(task))
-        row = finished[1]["tasks"][str(task)]
-        chain = "-" if row["chain"] is None else f"{100 * row['chain']['accuracy']:.2f}"
-        assert line.split()[-2:] == ["-" if published is None else f"({published:.2f})", chain]
+def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
+    table = reproduction.results_table(finished[1])
+    assert list(table.index) == [*map(str, EVERY_TASK), reproduction.MIXED]
+    for task in EVERY_TASK:
+        row, cells = finished[1]["tasks"][str(task)], table.loc[str(task)]
         score = Score.from_dict(row["with"])
-        assert f" {100 * score.accuracy:.2f} " in line
-        assert (row["chain"] is None) == (len(task.tasks) == 1)
-    assert max(map(len, lines)) <= 120
+        assert cells["with its prefix"] == 100 * score.accuracy
+        assert (cells["low"], cells["high"]) == tuple(100 * end for end in score.confidence_interval)
+        published = reproduction.PUBLISHED["with"].get(str(task))
+        assert cells["published, with"] == published or (published is None and math.isnan(cells["published, with"]))
+        assert math.isnan(cells["as a chain"]) == (len(task.tasks) == 1) == (row["chain"] is None)
+    lines = reproduction.format_table(finished[1]).splitlines()
+    assert max(map(len, lines)) <= 140
+    (line,) = [line for line in lines if line.startswith("SortAscending+Add1")]
+    assert f"{table.loc['SortAscending+Add1', 'as a chain']:.2f}" in line.split()
 
 
 def test_the_same_command_again_does_nothing(finished, monkeypatch):
     folder, results = finished
-    monkeypatch.setattr(reproduction, "pretrain", None)
-    assert reproduction.reproduce(tiny_config(), folder) == json.loads(json.dumps(results))
+    for name in ("evaluate_run", "evaluate_chains", "draw_figures"):
+        monkeypatch.setattr(reproduction, name, None)
+    monkeypatch.setattr(reproduction.distributed, "map_over_ranks", None)
+    assert reproduction.reproduce(tiny_config(), folder) == results
     watched = tiny_config(**{"trainer.progress": True, "trainer.log_every": 1})
     assert reproduction.reproduce(watched, folder)["mixed"] == results["mixed"]
 
 
 def test_another_configuration_is_refused_and_named(finished):
-    with pytest.raises(ValueError, match=r"trainer\.max_iters = 4, this one has 5; choose another folder"):
-        reproduction.reproduce(tiny_config(**{"trainer.max_iters": 5}), finished[0])
-    with pytest.raises(ValueError, match=r"prefix\.parallel = 'fsdp' leaves the model split"):
-        reproduction.reproduce(tiny_config(**{"prefix.parallel": "fsdp"}), finished[0])
-    with pytest.raises(ValueError, match="seed = 0, this one has 1"):
-        reproduction.reproduce(tiny_config(seed=1), finished[0])
+    for settings, message in (
+        ({"trainer.max_iters": 5}, r"recipe\.max_iters = 4, asked for is 5"),
+        ({"prefix.parallel": "fsdp"}, r"prefix\.parallel = 'fsdp' leaves the model split"),
+        ({"seed": 1}, "seed = 0, asked for is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reproduction.reproduce(tiny_config(**settings), finished[0])
+
+
+def test_what_is_asked_beyond_a_run_is_made_beside_it(finished, monkeypatch):
+    """A longer training of the prefixes, another evaluation or fewer tasks: without another pretraining."""
+    folder, results = finished
+    before = (folder / "results.json").read_bytes()
+    monkeypatch.setattr(pipeline, "build_model", None)  # nothing is pretrained
+    longer = reproduction.reproduce(tiny_config(**{"prefix.max_iters": 5}), folder, [Add1()])
+    assert list(longer["tasks"]) == ["Add1"]
+    fewer_rows = reproduction.reproduce(tiny_config(**{"evaluation.n_rows": 7}), folder)
+    assert fewer_rows["mixed"]["n_rows"] == 7
+    assert (folder / "results.json").read_bytes() == before
+    assert len(list(folder.glob("results*.json"))) == 3
+    assert reproduction.reproduce(tiny_config(), folder) == results
+
+
+def test_results_of_another_run_are_not_believed(finished, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "prefixes")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    other = reproduction.reproduce(tiny_config(seed=1), tmp_path / "run", [Add1()])
+    assert other["mixed"] != results["mixed"] or other["tasks"]["Add1"] != results["tasks"]["Add1"]
+    stored = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert stored["value"] == results  # it stays, and the other is beside it
+
+
+def test_an_error_in_a_figure_does_not_lose_the_results(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(reproduction, "draw_figures", fail)
+    with pytest.raises(RuntimeError, match="no such font"):
+        reproduction.reproduce(tiny_config(), tmp_path, [Add1()])
+    assert json.loads((tmp_path / "results.json").read_text())["value"]["tasks"]["Add1"]
+
+
+def test_the_configuration_of_a_run_is_the_default_of_later_commands(finished, tmp_path):
+    folder, _ = finished
+    assert presets.run_config(folder) == tiny_config()
+    assert presets.run_config(folder, overrides=["prefix.max_iters=9"]).prefix.max_iters == 9
+    assert presets.run_config(folder, overrides=["prefix.max_iters=9"]).model.n_embd == 8
+    assert presets.run_config(tmp_path, "smoke", 3).seed == 3
+    with pytest.raises(ValueError, match="a run of preset 'smoke', not 'laptop'"):
+        presets.run_config(folder, "laptop")
+    with pytest.raises(ValueError, match="a run of seed 0, not 1"):
+        presets.run_config(folder, seed=1)
+    (tmp_path / "config.json").write_text('{"preset": "smoke", "trainer": {"max_itres": 3}}')
+    with pytest.raises(ValueError, match=r"config\.json.*max_itres"):
+        presets.run_config(tmp_path)
 
 
 def test_a_run_cut_off_in_any_stage_ends_with_the_same_results(finished, tmp_path, monkeypatch):
@@ -117,8 +176,8 @@ def test_a_run_cut_off_in_any_stage_ends_with_the_same_results(finished, tmp_pat
         original(self, config, *arguments)
         self.add_callback("on_batch_end", cut_off)
 
-    original = reproduction.Trainer.__init__
-    monkeypatch.setattr(reproduction.Trainer, "__init__", with_cut)
+    original = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", with_cut)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             reproduction.reproduce(tiny_config(**settings), tmp_path)
@@ -131,30 +190,30 @@ def test_a_run_cut_off_in_any_stage_ends_with_the_same_results(finished, tmp_pat
 
 
 def test_presets():
-    assert reproduction.get_default_config("seed").model.n_layer == 12
-    assert reproduction.get_default_config().preset == "laptop"
+    assert presets.get_default_config("seed").model.n_layer == 12
+    assert presets.get_default_config().preset == "laptop"
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
-        reproduction.get_default_config("smoky")
-    one, other = reproduction.get_default_config(), reproduction.get_default_config()
+        presets.get_default_config("smoky")
+    one, other = presets.get_default_config(), presets.get_default_config()
     one.trainer.max_iters = 1
     assert other.trainer.max_iters != 1
 
 
-# ----------------------------------------------------------------------------------------------------- the store
+# ------------------------------------------------------------------------------------------------ what is on disk
 
 
-def test_prefixes_of_another_model_are_refused(finished, tmp_path):
+def test_prefixes_of_another_model_are_refused(finished):
     folder, _ = finished
-    other = pipeline.build_model(tiny_config())
-    with pytest.raises(CheckpointError, match=r"prefixes\.safetensors: field 'model'"):
-        weights.load_prefixes(folder / "prefixes.safetensors", other)
+    path, other = folder / "prefixes" / "Add1.safetensors", pipeline.build_model(tiny_config())
+    with pytest.raises(CheckpointError, match=r"Add1\.safetensors: field 'model'"):
+        weights.load_prefix(path, other)
     wider = pipeline.build_model(tiny_config(**{"model.n_embd": 16}))
-    with pytest.raises(CheckpointError, match=r"n_embd' is 8, expected 16"):
-        weights.load_prefixes(folder / "prefixes.safetensors", wider)
-    with pytest.raises(CheckpointError, match="'kind' is 'prefixes', expected 'model'"):
-        weights.load_model(folder / "prefixes.safetensors")
-    with pytest.raises(CheckpointError, match="'kind' is 'model', expected 'prefixes'"):
-        weights.load_prefixes(folder / "model.safetensors", other)
+    with pytest.raises(CheckpointError, match="the prefix has 8 channels, the model has 16"):
+        weights.load_prefix(path, wider)
+    with pytest.raises(CheckpointError, match="'kind' is 'prefix', expected 'model'"):
+        weights.load_model(path)
+    with pytest.raises(CheckpointError, match="'kind' is 'model', expected 'prefix'"):
+        weights.load_prefix(folder / "model.safetensors", other)
 
 
 def test_a_model_comes_back_as_it_was(tmp_path):
@@ -167,11 +226,23 @@ def test_a_model_comes_back_as_it_was(tmp_path):
     assert not back.training
     for name, weight in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight)
-    prefixes = {"B": initial_prefix(model, 4), "A+B": initial_prefix(model, 4, how="random")}
-    weights.save_prefixes(tmp_path / "p.safetensors", prefixes, model)
-    loaded, _ = weights.load_prefixes(tmp_path / "p.safetensors", back)
-    assert list(loaded) == ["B", "A+B"]
-    assert all(torch.equal(loaded[name], prefixes[name]) for name in prefixes)
+
+
+def test_a_prefix_comes_back_with_its_kind_and_placeholders(tmp_path):
+    model = pipeline.build_model(tiny_config()).eval()
+    for name, prefix in {
+        "A+B": Prefix("activation", initial_prefix(model, 4)[None]),
+        "B": Prefix("key_value", initial_prefix(model, 4, kind="key_value")[None], n_placeholders=7),
+        "C": Prefix("prompt", initial_prefix(model, 2, kind="prompt")[None]),
+    }.items():
+        weights.save_prefix(tmp_path / f"{name}.safetensors", prefix, model)
+        back, _ = weights.load_prefix(tmp_path / f"{name}.safetensors", model)
+        assert (back.kind, back.n_placeholders) == (prefix.kind, prefix.n_placeholders)
+        assert torch.equal(back.values, prefix.values)
+    assert list(weights.load_prefixes(tmp_path, model)) == ["A+B", "B", "C"]
+    with pytest.raises(ValueError, match="does not say what data"):
+        weights.save_model(tmp_path / "model.safetensors", model)
+        pipeline.load_run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- the best possible loss

@@ -20,6 +20,7 @@ from mingpt.storage.checkpoint import (
     flatten_state,
     load_checkpoint,
     load_weights,
+    read_description,
     require_equal,
     save_checkpoint,
     unflatten_state,
@@ -93,10 +94,18 @@ def test_what_was_saved_comes_back(tmp_path, tensors, description):
     assert versions["torch"] == torch.__version__
 
 
+def test_a_description_with_integer_keys_is_not_damage(tmp_path):
+    """JSON sorts 9 after 10 once they are strings; the file has strings from the beginning."""
+    save_checkpoint(tmp_path / "some.safetensors", {"a": torch.ones(1)}, {"by_size": {9: (1, 2), 10: {11: 0}}})
+    _, description = load_checkpoint(tmp_path / "some.safetensors")
+    assert description["by_size"] == {"9": [1, 2], "10": {"11": 0}}
+    assert read_description(tmp_path / "some.safetensors")["by_size"] == description["by_size"]
+
+
 def test_tensors_that_share_memory_come_back(tmp_path):
     """Tied weights, and views of one tensor that overlap."""
     tensor = torch.arange(12.0)
-    tensors = {"whole": tensor, "again": tensor, "start": tensor[:8], "end": tensor[4:], "grid": tensor.view(3, 4)}
+    tensors = {"full": tensor, "again": tensor, "start": tensor[:8], "end": tensor[4:], "grid": tensor.view(3, 4)}
     save_checkpoint(tmp_path / "some.safetensors", tensors, {})
     assert same(load_checkpoint(tmp_path / "some.safetensors")[0], tensors)
 
@@ -259,13 +268,13 @@ def test_a_file_cut_off_anywhere_is_noticed(tmp_path, intact):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_damage_of_any_kind_is_noticed(tmp_path, intact, sample_seeds):
+def test_damage_of_any_kind_is_noticed(tmp_path, intact, choices):
     """Bytes overwritten, put in, taken out, or swapped."""
     data, tensors, description = intact
     damaged = bytearray(data)
-    start = sample_seeds.draw(st.integers(0, len(data)))
-    end = sample_seeds.draw(st.integers(start, min(len(data), start + 64)))
-    damaged[start:end] = sample_seeds.draw(st.binary(max_size=64) | st.just(bytes(reversed(data[start:end]))))
+    start = choices.draw(st.integers(0, len(data)))
+    end = choices.draw(st.integers(start, min(len(data), start + 64)))
+    damaged[start:end] = choices.draw(st.binary(max_size=64) | st.just(bytes(reversed(data[start:end]))))
     check_damaged(tmp_path / "some.safetensors", bytes(damaged), tensors, description)
 
 
@@ -419,7 +428,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-@pytest.mark.parametrize("function", ["fsync", "replace", "chmod", "fdopen"])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("is_new", [True, False])
 def test_what_goes_wrong_leaves_the_old_file(tmp_path, monkeypatch, function, error, is_new):
     path = tmp_path / "file"

@@ -1,0 +1,145 @@
+"""Results that are computed once: a file says by its cache key what it is of, and is read only where that is asked for.
+
+A cache key is JSON: everything that a result is a function of, such as the model's configuration or the hash of its
+weights, the description of the data with a hash of its first rows, the recipe, the seed and the method. It is written
+into every file that a run leaves, and compared on every read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from mingpt.distributed import run_on_main
+from mingpt.storage.checkpoint import CheckpointError, checksum, first_difference, json_checksum, write_atomic
+
+T = TypeVar("T")
+CacheKey = Mapping[str, Any]
+
+
+def verify(path: str | Path, found: CacheKey | None, expected: CacheKey) -> None:
+    """Check that a file is of what is asked for.
+
+    Args:
+        path: the file.
+        found: the cache key that it holds, None where it holds none.
+        expected: the cache key of what is asked for; tuples equal lists, as in a file.
+
+    Raises:
+        CheckpointError: naming the file, the first field that differs, both values, and what to do.
+    """
+    difference = first_difference(found or {}, json.loads(json.dumps(expected)), "")
+    if difference:
+        name, old, new = difference
+        raise CheckpointError(
+            f"{path}: it was made with {name} = {old!r}, asked for is {new!r}; choose another folder for the run, or "
+            "delete this file to make it anew"
+        )
+
+
+def cached(
+    path: Path, cache_key: CacheKey, compute: Callable[[], None], load: Callable[[Path], tuple[T, dict[str, Any]]]
+) -> tuple[T, dict[str, Any]]:
+    """Read a result, after computing it where its file is missing. All processes must get here.
+
+    Args:
+        path: the file of the result.
+        cache_key: what the result is a function of.
+        compute: computes the result and leaves the file.
+        load: reads the file: the value, and a description that has its "cache_key".
+
+    Returns:
+        The value as it was read, also where it was computed just now, and the description.
+
+    Raises:
+        CheckpointError: if the file is of another cache key, or damaged.
+    """
+    if not run_on_main(path.exists):
+        compute()
+    value, description = load(path)
+    verify(path, description.get("cache_key"), cache_key)
+    return value, description
+
+
+def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any]) -> Any:
+    """Compute a JSON value and write it to a file with its cache key, or read it where that is done."""
+    path = Path(path)
+
+    def write() -> None:
+        content = json.dumps({"cache_key": cache_key, "value": compute()}, indent=1)
+        run_on_main(lambda: write_atomic(path, content.encode()))
+
+    return cached(path, cache_key, write, _load_json)[0]
+
+
+def beside(path: Path, cache_key: CacheKey, load_key: Callable[[Path], CacheKey | None]) -> Path:
+    """The file for a result: ``path``, or ``<stem>-<hash>`` beside it where that is of another cache key.
+
+    So what is asked beyond a run's own settings never replaces what is there, and is not refused.
+    """
+
+    def choose() -> Path:
+        if not path.exists() or not first_difference(load_key(path) or {}, json.loads(json.dumps(cache_key)), ""):
+            return path
+        return path.with_name(f"{path.stem}-{json_checksum(cache_key)[:8]}{path.suffix}")
+
+    return run_on_main(choose)
+
+
+def verify_folder(folder: Path, cache_key: CacheKey) -> None:
+    """Write a folder's cache key into it, or check the one that is there. All processes must get here.
+
+    Raises:
+        CheckpointError: if the folder is of something else.
+    """
+    cached_json(folder / "cache_key.json", cache_key, lambda: None)
+
+
+def identity(value: Any) -> Any:
+    """Say in JSON what an object is, for a cache key: the same in every process, another where a field differs.
+
+    Tensors count by their bytes, functions by their code and what it closes over, other objects by their type and
+    fields.
+    """
+    if isinstance(value, Tensor):
+        return checksum({"tensor": value})
+    if isinstance(value, Mapping):
+        return {str(key): identity(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [identity(each) for each in value]
+    if isinstance(value, partial):
+        return identity([value.func, value.args, value.keywords])
+    if isinstance(value, FunctionType):
+        constants = [each for each in value.__code__.co_consts if not isinstance(each, CodeType)]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return identity([value.__qualname__, value.__code__.co_code.hex(), constants, value.__defaults__, cells])
+    if isinstance(value, str | int | float | None):
+        return value
+    return [type(value).__qualname__, identity(vars(value)) if hasattr(value, "__dict__") else repr(value)]
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: if it is not JSON, naming the file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, not JSON ({error}); delete it to make it anew") from None
+
+
+def _load_json(path: Path) -> tuple[Any, dict[str, Any]]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"cache_key", "value"} <= found.keys():
+        raise CheckpointError(
+            f"{path}: it has no cache key, so it says nothing of what it is; delete it to make it anew"
+        )
+    return found["value"], found

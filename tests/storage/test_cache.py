@@ -1,0 +1,114 @@
+"""Results that are computed once, and read for their own cache key only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from mingpt.decoding.automata import DFA
+from mingpt.decoding.constraints import RegularConstraint
+from mingpt.storage.cache import beside, cached_json, identity, read_json, verify, verify_folder
+from mingpt.storage.checkpoint import CheckpointError
+
+
+def test_a_value_is_computed_once_and_for_its_key_only(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {1: [0.5, None]}
+
+    for _ in range(2):
+        assert cached_json(tmp_path / "v.json", {"values": (1, 2)}, compute) == {"1": [0.5, None]}
+    assert len(calls) == 1
+    with pytest.raises(CheckpointError, match=r"v\.json: it was made with values = \[1, 2\], asked for is \[1, 3\]"):
+        cached_json(tmp_path / "v.json", {"values": (1, 3)}, compute)
+    (tmp_path / "v.json").unlink()
+    cached_json(tmp_path / "v.json", {"values": (1, 3)}, compute)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "1", '{"value": 1}', '{"cache_key": {}}', "\x00"])
+def test_a_file_without_a_cache_key_is_never_believed(tmp_path, content):
+    (tmp_path / "v.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"v\.json: .*delete it"):
+        cached_json(tmp_path / "v.json", {}, lambda: 1)
+    assert (tmp_path / "v.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "message"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, r"a\.b = 1, asked for is 2"),
+        ({"a": {}}, {"a": {"b": 2}}, r"a\.b = None, asked for is 2"),
+        ({"a": {"b": 1}}, {"a": {}}, r"a\.b = 1, asked for is None"),
+        (None, {"a": 1}, "a = None, asked for is 1"),
+        ({"a": [1]}, {"a": (1, 2)}, r"a = \[1\], asked for is \[1, 2\]"),
+    ],
+)
+def test_the_first_difference_is_named(found, expected, message):
+    with pytest.raises(CheckpointError, match=rf"file: it was made with {message}; choose another folder .*or delete"):
+        verify("file", found, expected)
+    verify("file", json.loads(json.dumps(expected)), expected)
+
+
+def test_another_key_goes_beside_what_is_there(tmp_path):
+    path, key_of = tmp_path / "v.json", lambda path: read_json(path)["cache_key"]
+    assert beside(path, {"n": 1}, key_of) == path
+    cached_json(path, {"n": 1}, lambda: "one")
+    assert beside(path, {"n": 1}, key_of) == path
+    other = beside(path, {"n": 2}, key_of)
+    assert other != path
+    assert other.name.startswith("v-")
+    assert other == beside(path, {"n": 2}, key_of) != beside(path, {"n": 3}, key_of)
+    assert cached_json(other, {"n": 2}, lambda: "two") == "two"
+    assert cached_json(path, {"n": 1}, pytest.fail) == "one"
+
+
+def test_a_folder_is_of_one_key(tmp_path):
+    verify_folder(tmp_path / "new", {"examples": "a"})
+    verify_folder(tmp_path / "new", {"examples": "a"})
+    with pytest.raises(CheckpointError, match="examples = 'a', asked for is 'b'"):
+        verify_folder(tmp_path / "new", {"examples": "b"})
+
+
+@dataclass
+class Point:
+    x: int
+    others: tuple = ()
+
+
+def scaled(factor):
+    return lambda tokens, logits: factor * logits
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.arange(3), torch.arange(4)),
+        (torch.zeros(2000), torch.zeros(2000).index_fill(0, torch.tensor([1000]), 1.0)),
+        (Point(1), Point(2)),
+        (Point(1, (Point(2),)), Point(1, (Point(3),))),
+        (scaled(1.0), scaled(2.0)),
+        (lambda x: x + 1, lambda x: x - 1),
+        (lambda x: x + 1, lambda x: x + 2),
+        (partial(scaled, 1), partial(scaled, 2)),
+        (RegularConstraint(DFA.from_regex("1* 2", 5)), RegularConstraint(DFA.from_regex("1* 3", 5))),
+        ({"do_sample": True}, {"do_sample": False}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_that_differ_have_another_identity(one, other):
+    assert identity(one) != identity(other)
+    assert identity(one) == identity(one)
+    assert json.loads(json.dumps(identity(one))) == identity(one)
+    assert " at 0x" not in json.dumps(identity(one))  # no address of this process
+
+
+def test_objects_that_are_the_same_have_one_identity():
+    for make in (lambda: Point(1), lambda: scaled(2.0), lambda: RegularConstraint(DFA.from_regex("1* 2", 5))):
+        assert identity(make()) == identity(make())
