@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mingpt", "mingpt.*"]),
-    package_data={"mingpt": ["py.typed"]},
+    package_data={"mingpt": ["py.typed"], "mingpt.experiments": ["presets.toml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mingpt.distributed import run_on_main
-from mingpt.evaluation import AccuracyMatrix, Score, evaluate
+from mingpt.evaluation import evaluate
 from mingpt.experiments import pipeline
 from mingpt.experiments.pipeline import Init, dataset
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, Reparametrization, average
-from mingpt.storage.cache import beside, cached_json, read_json
+from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.training.metrics import RUNTIME_KEYS
@@ -71,34 +71,13 @@ METHODS = {
 """All methods, by the names that ``mingpt compare --methods`` takes."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one method came to on one task.
-
-    Attributes:
-        method: a name in ``METHODS``.
-        task: its name.
-        n_parameters: how many parameters the task costs.
-        n_trained: how many were trained, of which a reparametrization leaves some behind.
-        seconds: of training; prefixes of several tasks are trained at once, and share the time evenly.
-        score: on test rows.
-    """
-
-    method: str
-    task: str
-    n_parameters: int
-    n_trained: int
-    seconds: float
-    score: Score
-
-
 def compare(
     config: CfgNode,
     run: str | Path,
     tasks: Sequence[Task] = TEST_TASKS,
     methods: Sequence[str] = tuple(METHODS),
     n_parameters: int | None = None,
-) -> list[Result]:
+) -> DataFrame:
     """Fit a run's model to each task by each method, and score them.
 
     All methods have the same iterations and rows a task, and as many trainable parameters as fit into ``n_parameters``:
@@ -113,29 +92,34 @@ def compare(
         n_parameters: trainable parameters a task, those of an activation prefix in all placeholders by default.
 
     Returns:
-        The results, by methods and then by tasks as they are given.
+        A row for each method and task, in their order, with the columns method, task, n_parameters (what the task
+        costs), n_trained (more where a reparametrization leaves some behind), seconds (of training; prefixes of several
+        tasks are trained at once, and share the time evenly), n_correct, n_rows and percent (of test rows solved).
 
     Raises:
         ValueError: for an unknown method, or one that cannot do with so few parameters.
     """
+    import pandas as pd
+
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
     model, _ = pipeline.pretrain(config, run, later_tasks=tasks)
     n_placeholders = config.data.prefix_size
-    n_parameters = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
-    sizes = {name: _size(model, METHODS[name], n_parameters, n_placeholders) for name in methods}
-    return [
-        result
+    n_asked = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
+    sizes = {name: _size(model, METHODS[name], n_asked, n_placeholders) for name in methods}
+    rows = [
+        {"method": name, "task": task, **row}
         for name in methods
-        for result in _results(config, model, tasks, Path(run), name, METHODS[name], sizes[name])
+        for task, row in _results(config, model, tasks, Path(run), name, METHODS[name], sizes[name]).items()
     ]
+    return pd.DataFrame(rows)
 
 
 def _results(
     config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, method: Method, size: int
-) -> list[Result]:
-    """What one method comes to on some tasks: read where it is there, and fitted together where it is not."""
+) -> dict[str, dict[str, Any]]:
+    """What one method comes to on each task: read where it is there, and fitted where it is not."""
     budget = config.copy()
     budget.prefix.merge_from_dict({"converged_loss": None, "learning_rate": method.learning_rate})
     known: dict[str, Prefix] = {}
@@ -154,17 +138,10 @@ def _results(
     }
     folder = run / "comparison" / name
     keys = {task: shared | {"data": dataset(config, "test", [task]).describe()} for task in tasks}
-    paths = {
-        task: beside(folder / f"{task}.json", key, lambda p: read_json(p).get("cache_key"))
-        for task, key in keys.items()
-    }
-    missing = [task for task in tasks if not run_on_main(paths[task].exists)]
-    fitted = _fit(budget, model, missing, folder, method, size, known) if missing else {}
-    results = []
-    for task in tasks:
-        value = cached_json(paths[task], keys[task], lambda task=task: fitted[task]())
-        results.append(Result(name, str(task), **(value | {"score": Score.from_dict(value["score"])})))
-    return results
+    paths = {task: beside(folder / f"{task}.json", key) for task, key in keys.items()}
+    missing = run_on_main(lambda: [task for task in tasks if not paths[task].exists()])
+    fit = _fit(budget, model, missing, folder, method, size, known) if missing else {}
+    return {str(task): cached_json(paths[task], keys[task], lambda task=task: fit[task]()) for task in tasks}
 
 
 def _fit(
@@ -186,7 +163,11 @@ def _fit(
         n_trained = n_parameters
         if method.is_reparametrized and prefix is not None:
             n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
-        return {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds, "score": score.to_dict()}
+        return {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds} | {
+            "n_correct": score.n_correct,
+            "n_rows": score.n_rows,
+            "percent": 100 * score.accuracy,
+        }
 
     def full(task: Task) -> dict[str, Any]:
         budget = config.copy()
@@ -256,29 +237,21 @@ def _init(
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def as_matrix(results: Sequence[Result]) -> AccuracyMatrix:
-    """The scores of results as a matrix of methods by tasks, for its figure."""
-    scores = {(each.method, each.task): each.score for each in results}
-    methods, tasks = (tuple(dict.fromkeys(names)) for names in zip(*scores, strict=True))
-    return AccuracyMatrix(methods, tasks, tuple(tuple(scores[name, task] for task in tasks) for name in methods))
-
-
-def results_table(results: Sequence[Result]) -> DataFrame:
-    """Results as a table: a row for each task, in percent of rows solved, and one for each cost; a column a method."""
+def results_table(results: DataFrame) -> DataFrame:
+    """What ``compare`` found, side by side: a row for each task in percent, and for each cost; a column a method."""
     import pandas as pd
 
-    rows: Any = pd.DataFrame([asdict(each) | {"percent": 100 * each.score.accuracy} for each in results])
-    scores = rows.pivot_table("percent", "task", "method", sort=False)
-    costs = rows.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean().T
+    scores = results.pivot_table("percent", "task", "method", sort=False)
+    costs: Any = results.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean().T
     costs.index = ["parameters a task", "trained parameters a task", "seconds a task"]
     return pd.concat([scores, costs])
 
 
-def format_table(results: Sequence[Result]) -> str:
+def format_table(results: DataFrame) -> str:
     """``results_table`` as text for a terminal, with what the figures are of."""
     import pandas as pd
 
     table = results_table(results)
     table.columns = pd.MultiIndex.from_tuples([name.partition("-")[::2] for name in table.columns])  # in two lines
     text = table.to_string(float_format=lambda value: f"{value:.0f}" if value >= 1000 else f"{value:.2f}")
-    return f"{text}\n\npercent of {results[0].score.n_rows} test rows whose every output token is right"
+    return f"{text}\n\npercent of {results['n_rows'].iloc[0]} test rows whose every output token is right"

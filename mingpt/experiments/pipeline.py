@@ -29,7 +29,7 @@ from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import N_AXES, Prefix, Reparametrization, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
-from mingpt.storage.checkpoint import checksum, json_checksum, read_description, weights_hash, write_atomic
+from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
 from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config
@@ -133,7 +133,7 @@ def _train_model(
     data = dataset(config, "train", tasks)
     key = _cache_key(name, config, config.trainer, data) | own
     if name != "pretraining":
-        path = beside(path, key, _key_of)
+        path = beside(path, key)
 
     def compute() -> None:
         model, folder = build(), path.with_name(name if path.stem in ("model", name) else path.stem)
@@ -189,7 +189,7 @@ def train_prefixes(
         | {"init": checksum({"init": own}) if isinstance(own, Tensor) else own}
         for task, own in zip(tasks, inits, strict=True)
     }
-    paths = {each: beside(folder / f"{each}.safetensors", key, _key_of) for each, key in keys.items()}
+    paths = {each: beside(folder / f"{each}.safetensors", key) for each, key in keys.items()}
     missing = run_on_main(lambda: [number for number, each in enumerate(keys) if not paths[each].exists()])
     if missing and config.prefix.converged_loss:
         missing = list(range(len(tasks)))
@@ -247,7 +247,7 @@ def train_lora(
     data = dataset(config, "train", [task])
     key = _cache_key("lora", config, config.prefix, data)
     key |= {"rank": rank, "targets": targets, "model": weights_hash(model)}
-    path = beside(Path(run) / f"{name}.safetensors", key, _key_of)
+    path = beside(Path(run) / f"{name}.safetensors", key)
 
     def compute() -> None:
         set_seed(config.seed + 1)
@@ -295,10 +295,6 @@ def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Pref
 def _cache_key(stage: str, config: CfgNode, budget: CfgNode, data: CustomDataset) -> dict[str, Any]:
     recipe = {key: value for key, value in budget.to_dict().items() if key not in RUNTIME_KEYS}
     return {"stage": stage, "seed": config.seed, "data": data.describe(), "recipe": recipe}
-
-
-def _key_of(path: Path) -> CacheKey | None:
-    return read_description(path).get("cache_key")
 
 
 def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:

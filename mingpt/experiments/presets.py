@@ -1,34 +1,14 @@
-"""Presets of the experiment, and the configuration of a run's folder."""
+"""Presets of the experiment, whose settings are in ``presets.toml``, and the configuration of a run's folder."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mingpt.storage.cache import read_json
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode, nearest
-
-PRESETS = {
-    "smoke": {
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
-        "trainer": {"max_iters": 30, "batch_size": 56, "warmup_iters": 5},
-        "prefix": {"max_iters": 10, "batch_size": 4},
-        "evaluation": {"n_rows": 100, "n_matrix_rows": 50},
-    },
-    "laptop": {
-        "model": {"n_layer": 4, "n_head": 4, "n_embd": 256},
-        "trainer": {"max_iters": 700, "batch_size": 224, "checkpoint_every": 100},
-        "prefix": {"max_iters": 400, "batch_size": 16, "checkpoint_every": 100},
-    },
-    "seed": {
-        "model": {"n_layer": 12, "n_head": 8, "n_embd": 512},
-        "trainer": {"max_iters": 600, "batch_size": 224, "checkpoint_every": 50},
-        "prefix": {"max_iters": 400, "batch_size": 16, "checkpoint_every": 50},
-        "evaluation": {"n_matrix_rows": 100},
-    },
-}
-"""``smoke`` runs in seconds and learns nothing; ``laptop`` is the default; ``seed`` is the seed notebook's model."""
 
 
 def get_default_config(preset: str = "laptop") -> CfgNode:
@@ -37,27 +17,21 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     Raises:
         ValueError: for an unknown preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; choose one of {', '.join(PRESETS)}")
-    trainer = Trainer.get_default_config()
-    trainer.merge_from_dict({"lr_schedule": "linear", "warmup_iters": 20, "decay_fraction": 0.9})
-    trainer.merge_from_dict({"optimizer": "muon", "muon_learning_rate": 1.5e-3, "muon_momentum": 0.9})
-    trainer.learning_rate = 2e-3
-    prefix = Trainer.get_default_config()
-    prefix.merge_from_dict({"lr_schedule": "linear", "warmup_iters": 10, "decay_fraction": 1.0})
-    prefix.merge_from_dict({"learning_rate": 0.02, "converged_loss": 5e-4})
-    model = CfgNode(n_layer=4, n_head=4, n_embd=256, dropout=0.0, skip_layer_norm=False)
-    model.merge_from_dict({"gelu_approximate": "none", "init": "zero_residual"})
+    presets = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    every = presets.pop("every")
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}{nearest(preset, presets)}; choose one of {', '.join(presets)}")
     config = CfgNode(
         preset=preset,
         seed=0,
-        data=CfgNode(length=10, num_digits=10, prefix_size=10).close(),
-        model=model.close(),
-        trainer=trainer,
-        prefix=prefix,
-        evaluation=CfgNode(n_rows=3200, n_matrix_rows=400, precision="auto").close(),
+        data=CfgNode(**every["data"]).close(),
+        model=CfgNode(**every["model"]).close(),
+        trainer=Trainer.get_default_config(),
+        prefix=Trainer.get_default_config(),
+        evaluation=CfgNode(**every["evaluation"]).close(),
     ).close()
-    config.update_from(PRESETS[preset], f"preset {preset}")
+    for name, settings in (("every", every), (preset, presets[preset])):
+        config.update_from(settings, f"preset {name}")
     return config
 
 

@@ -25,7 +25,7 @@ from mingpt.experiments import multistep
 from mingpt.experiments.pipeline import dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
-from mingpt.storage.cache import beside, cached_json, read_json
+from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.utils import CfgNode
@@ -86,7 +86,7 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
         "data": dataset(config, "test", tasks).describe(),
         "evaluation": config.evaluation.to_dict(),
     }
-    path = beside(run / "results.json", key, lambda path: read_json(path).get("cache_key"))
+    path = beside(run / "results.json", key)
     is_done = distributed.run_on_main(path.exists)
 
     def compute() -> dict[str, Any]:

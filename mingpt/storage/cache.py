@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mingpt.distributed import run_on_main
-from mingpt.storage.checkpoint import CheckpointError, checksum, first_difference, json_checksum, write_atomic
+from mingpt.storage.checkpoint import (
+    CheckpointError,
+    checksum,
+    first_difference,
+    json_checksum,
+    read_description,
+    write_atomic,
+)
 
 T = TypeVar("T")
 CacheKey = Mapping[str, Any]
@@ -78,14 +85,17 @@ def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any
     return cached(path, cache_key, write, _load_json)[0]
 
 
-def beside(path: Path, cache_key: CacheKey, load_key: Callable[[Path], CacheKey | None]) -> Path:
+def beside(path: Path, cache_key: CacheKey) -> Path:
     """The file for a result: ``path``, or ``<stem>-<hash>`` beside it where that is of another cache key.
 
     So what is asked beyond a run's own settings never replaces what is there, and is not refused.
     """
 
     def choose() -> Path:
-        if not path.exists() or not first_difference(load_key(path) or {}, json.loads(json.dumps(cache_key)), ""):
+        if not path.exists():
+            return path
+        found = (read_json(path) if path.suffix == ".json" else read_description(path)).get("cache_key")
+        if not first_difference(found or {}, json.loads(json.dumps(cache_key)), ""):
             return path
         return path.with_name(f"{path.stem}-{json_checksum(cache_key)[:8]}{path.suffix}")
 
@@ -124,22 +134,23 @@ def identity(value: Any) -> Any:
     return [type(value).__qualname__, identity(vars(value)) if hasattr(value, "__dict__") else repr(value)]
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
 
     Raises:
-        CheckpointError: if it is not JSON, naming the file.
+        CheckpointError: if it is damaged, naming the file.
     """
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged, not JSON ({error}); delete it to make it anew") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: damaged, not a JSON object; delete it to make it anew")
+    return found
 
 
 def _load_json(path: Path) -> tuple[Any, dict[str, Any]]:
     found = read_json(path)
-    if not isinstance(found, dict) or not {"cache_key", "value"} <= found.keys():
-        raise CheckpointError(
-            f"{path}: it has no cache key, so it says nothing of what it is; delete it to make it anew"
-        )
+    if not {"cache_key", "value"} <= found.keys():
+        raise CheckpointError(f"{path}: it does not say what it is of (cache_key); delete it to make it anew")
     return found["value"], found

@@ -12,7 +12,7 @@ from test_reproduction import tiny_config
 from mingpt.cli import cli
 from mingpt.evaluation import evaluate
 from mingpt.experiments import comparison, pipeline, reproduction
-from mingpt.experiments.comparison import METHODS, as_matrix, compare, format_table, results_table
+from mingpt.experiments.comparison import METHODS, compare, format_table, results_table
 from mingpt.storage import weights
 from mingpt.tasks import PRETRAINING_TASKS, DoubleHistogram, SortAscending, Task
 from mingpt.trainer import Trainer
@@ -29,14 +29,15 @@ def compared(tmp_path_factory):
 
 def test_every_method_is_scored_on_every_task(compared):
     _, results = compared
-    assert [(each.method, each.task) for each in results] == [(name, str(task)) for name in METHODS for task in TASKS]
-    assert {each.score.n_rows for each in results} == {12}
+    pairs = list(zip(results["method"], results["task"], strict=True))
+    assert pairs == [(name, str(task)) for name in METHODS for task in TASKS]
+    assert set(results["n_rows"]) == {12}
 
 
 def test_methods_train_as_many_parameters_as_a_prefix_at_most(compared):
     folder, results = compared
     model, _ = weights.load_model(folder / "model.safetensors")
-    n_parameters = {each.method: each.n_parameters for each in results}
+    n_parameters = dict(zip(results["method"], results["n_parameters"], strict=True))
     assert n_parameters.pop("full") == model.n_parameters
     budget = 2 * 10 * 8  # layers, positions, channels
     per_unit = {"lora-mlp": 2 * 2 * (8 + 32), "lora-attention": 2 * (8 + 24), "prompt": 8, "key_value": 32}
@@ -47,20 +48,19 @@ def test_methods_train_as_many_parameters_as_a_prefix_at_most(compared):
         if name != "prompt":  # it has no more places
             assert number > budget - unit
     assert n_parameters["prompt"] == 10 * 8
-    for each in results:
-        assert (each.n_trained > each.n_parameters) == (each.method == "key_value-mlp")
+    assert ((results["n_trained"] > results["n_parameters"]) == (results["method"] == "key_value-mlp")).all()
 
 
 def test_a_result_is_the_score_of_what_was_trained(compared):
     folder, results = compared
-    scores = {(each.method, each.task): each.score for each in results}
+    n_correct = results.set_index(["method", "task"])["n_correct"]
     model, _ = weights.load_model(folder / "model.safetensors")
     prefixes = weights.load_prefixes(folder / "comparison" / "activation" / "prefixes", model)
     task = TASKS[1]
     data = pipeline.dataset(tiny_config(), "test", [task])
-    assert scores["activation", str(task)] == evaluate(model, data, prefixes[str(task)], 12)
+    assert n_correct["activation", str(task)] == evaluate(model, data, prefixes[str(task)], 12).n_correct
     tuned, _ = weights.load_model(folder / "comparison" / "full" / f"{task}.safetensors")
-    assert scores["full", str(task)] == evaluate(tuned, data, None, 12)
+    assert n_correct["full", str(task)] == evaluate(tuned, data, None, 12).n_correct
 
 
 def test_nothing_is_computed_twice_and_what_is_missing_is(compared, monkeypatch):
@@ -68,29 +68,31 @@ def test_nothing_is_computed_twice_and_what_is_missing_is(compared, monkeypatch)
     trained = []
     original = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: (trained.append(self.train_dataset), original(self)))
-    assert compare(tiny_config(), folder, TASKS[::-1], ["prompt", "full"]) == [
-        next(each for each in results if (each.method, each.task) == (name, str(task)))
-        for name in ("prompt", "full")
-        for task in TASKS[::-1]
-    ]
+    again = compare(tiny_config(), folder, TASKS[::-1], ["prompt", "full"])
+    index = ["method", "task"]
+    assert (
+        again.set_index(index)
+        .sort_index()
+        .equals(results[results["method"].isin(["prompt", "full"])].set_index(index).sort_index())
+    )
     assert trained == []
     more = compare(tiny_config(), folder, [*TASKS, SortAscending()], ["lora-mlp"])
     assert [str(each.tasks[0]) for each in trained] == ["SortAscending"]
-    assert more[:2] == [each for each in results if each.method == "lora-mlp"]
+    assert more[:2].equals(results[results["method"] == "lora-mlp"].reset_index(drop=True))
     assert len(list((folder / "comparison" / "lora-mlp").glob("*.json"))) == 3
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.2}, {"init": "random"}])
 def test_an_edited_method_is_fitted_anew(compared, monkeypatch, changes):
     folder, _ = compared
-    (before,) = compare(tiny_config(), folder, TASKS[:1], ["prompt"])
+    before = compare(tiny_config(), folder, TASKS[:1], ["prompt"])
     monkeypatch.setitem(METHODS, "prompt", replace(METHODS["prompt"], **changes))
     trained, original = [], Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: (trained.append(self.config.learning_rate), original(self)))
     compare(tiny_config(), folder, TASKS[:1], ["prompt"])
     assert trained == [METHODS["prompt"].learning_rate]
     monkeypatch.undo()
-    assert compare(tiny_config(), folder, TASKS[:1], ["prompt"]) == [before]
+    assert compare(tiny_config(), folder, TASKS[:1], ["prompt"]).equals(before)
 
 
 def test_a_prefix_starts_from_the_known_one_that_fits_best(compared):
@@ -124,13 +126,11 @@ def test_what_cannot_be_compared_is_refused(compared, options, message):
 
 def test_the_table_and_the_command_say_every_result(compared):
     folder, results = compared
-    table, matrix = results_table(results), as_matrix(results)
+    table = results_table(results)
     assert list(table.columns) == list(METHODS)
-    for name in METHODS:
-        assert [table.loc[str(task), name] for task in TASKS] == [
-            100 * matrix[name, str(task)].accuracy for task in TASKS
-        ]
-    assert table.loc["parameters a task", "full"] == results[0].n_parameters
+    for each in results.itertuples():
+        assert table.loc[each.task, each.method] == each.percent == 100 * each.n_correct / 12
+        assert table.loc["parameters a task", each.method] == each.n_parameters
     names = [argument for task in TASKS for argument in ("--task", str(task))]
     result = CliRunner().invoke(cli, ["compare", "--run", str(folder), *names])
     assert result.exit_code == 0, result.output
