@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 
 import torch
@@ -55,10 +56,8 @@ class LoRA(nn.Module):
         if not targets:
             raise ValueError(f'targets is {targets!r}; give a regular expression, "." for all layers, or their names')
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if isinstance(targets, str):
-            matched = match_rules([targets], linear, "linear layer")
-        else:
-            matched = match_rules(targets, linear, "linear layer", is_match=operator.eq)
+        patterns, is_match = ([targets], re.search) if isinstance(targets, str) else (targets, operator.eq)
+        matched = match_rules(patterns, linear, "linear layer", is_match)
         layers = {name: module for name, module in linear.items() if name in matched}
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")

@@ -337,12 +337,12 @@ def _in_symbols(expression: str, vocab_size: int, names: Sequence[str] | None) -
     says = f"the regular expression {expression!r}"
 
     def scan(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        place = 0
-        while place < len(text):
-            if (match := pattern.match(text, place)) is None:
-                raise ValueError(f'{says} does not parse at {text[place:]!r}; a name that is no word is quoted, "+"')
+        start = 0
+        while start < len(text):
+            if (match := pattern.match(text, start)) is None:
+                raise ValueError(f'{says} does not parse at {text[start:]!r}; a name that is no word is quoted, "+"')
             yield match
-            place = match.end()
+            start = match.end()
 
     def number_of(name: str) -> int:
         if (name := name.strip('"')) not in numbers:

@@ -28,13 +28,10 @@ class MultisetConstraint(Constraint):
         Raises:
             ValueError: if the prompt's content is shorter than what is to be generated.
         """
-        content = context.tokens[:, context.n_placeholders :]
-        if context.n_new > content.shape[1]:
-            raise ValueError(
-                f"{context.n_new} tokens cannot be a permutation of a prompt of {content.shape[1]}"
-                + (f", after {context.n_placeholders} placeholders of the prefix" if context.n_placeholders else "")
-            )
-        given = content[:, content.shape[1] - context.n_new :]
+        n_new, n_content = context.n_new, context.n_prompt - context.n_placeholders
+        if n_new > n_content:
+            raise ValueError(f"{n_new} tokens cannot be a permutation of a prompt of {n_content}, placeholders aside")
+        given = context.tokens[:, context.n_prompt - n_new :]
         counts = given.new_zeros(len(given), context.vocab_size)
         return {"counts": counts.scatter_add(1, given, torch.ones_like(given))}
 
@@ -61,7 +58,7 @@ class MonotoneConstraint(Constraint):
 
 
 class RegularConstraint(Constraint):
-    """The output is in the language of a finite automaton, whole.
+    """The whole output is in the language of a finite automaton.
 
     Its state is each row's, and the automaton's tables, which all rows share.
     """
@@ -100,7 +97,7 @@ class RegularConstraint(Constraint):
 
 
 class PushdownConstraint(Constraint):
-    """The output is in the language of a pushdown automaton, whole.
+    """The whole output is in the language of a pushdown automaton.
 
     Beside the stack of symbols each row keeps, for every level of it, after which numbers of tokens what is on the
     stack up to there can have been completed. A symbol that is pushed combines what is below it with the automaton's

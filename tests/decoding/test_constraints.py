@@ -171,7 +171,7 @@ def test_a_permutation_is_of_the_content_without_placeholders():
     model, permutation = random_model(block_size=20), MultisetConstraint()
     tokens = generate(model, prompts, 4, logits_processors=[permutation], prefixes=prefix)
     assert torch.equal(tokens[:, 7:].sort(dim=1).values, prompts[:, 3:].sort(dim=1).values)
-    with pytest.raises(ValueError, match="5 tokens cannot be a permutation of a prompt of 4, after 3 placeholders"):
+    with pytest.raises(ValueError, match="5 tokens cannot be a permutation of a prompt of 4, placeholders aside"):
         generate(model, prompts, 5, logits_processors=[permutation], prefixes=prefix)
     padded = generate(model, prompts, 7, logits_processors=[permutation])  # without a prefix padding is content
     assert torch.equal(padded[:, 7:].sort(dim=1).values, prompts.sort(dim=1).values)
