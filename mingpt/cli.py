@@ -36,7 +36,7 @@ def main() -> None:
         sys.exit(130)
     except (ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
-    except distributed.MainProcessError:
+    except distributed.OtherProcessError:
         pass  # it says so itself
     sys.exit(2)
 

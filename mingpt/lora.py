@@ -1,4 +1,4 @@
-"""LoRA: a learned low-rank matrix beside a frozen one, which unlike a prefix can change where attention looks.
+"""LoRA: a trainable low-rank matrix beside a frozen one. Unlike a prefix it can change where attention looks.
 
 Legend: R rank, I inputs and O outputs of a linear layer.
 """
@@ -6,22 +6,27 @@ Legend: R rank, I inputs and O outputs of a linear layer.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mingpt.utils import match_rules
+
 
 class LoRA(nn.Module):
     """Low-rank updates of some of a model's linear layers: ``W x + (alpha / R) B A x``.
 
-    It is beside the model, not in it: while it is attached the layers add its output to theirs; detached, the model is
-    as it was; merged, the updates are in the weights and the LoRA is spent. Several can be attached, they add up.
+    It is beside the model, not in it. While it is attached the layers add its output to theirs; detached, the model is
+    as it was; merged, the updates are in the weights, and it can be neither attached nor merged again. Several can be
+    attached, to one layer too; they add up.
 
     Attributes:
         names: of the linear layers, in order.
         scale: alpha / R.
+        is_merged: whether its updates are in the weights.
 
     Source: Hu et al. 2021, with its initialisation: A random, B zero, so that training starts from the model as it is.
     """
@@ -34,29 +39,26 @@ class LoRA(nn.Module):
         alpha: float | None = None,
         generator: torch.Generator | None = None,
     ):
-        """Make the matrices, and attach them.
+        """Create the matrices, and attach them.
 
         Args:
-            model: whose linear layers are meant.
+            model: has the linear layers.
             rank: R, at least 1.
-            targets: a regular expression; layers in whose name it is found: "mlp" or "attn", one layer, or any of them.
-                Or the names of layers.
+            targets: a regular expression that is searched for in the layers' names, such as "mlp", or "." for all
+                layers; or a list of full names.
             alpha: the scale's numerator, R by default.
             generator: the source of random numbers.
 
         Raises:
-            ValueError: if no layer's name matches, or the rank is not positive.
+            ValueError: for a regular expression or name that no layer matches, no targets, or a rank below 1.
         """
         super().__init__()
-        pattern = targets if isinstance(targets, str) else "|".join(f"^{re.escape(name)}$" for name in targets)
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and re.search(pattern, name)
-        }
-        if not layers:
-            names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise ValueError(f"no linear layer's name matches {targets!r}; there are {names[0]} ... {names[-1]}")
+        if not targets:
+            raise ValueError(f'targets is {targets!r}; give a regular expression, "." for all layers, or their names')
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        patterns, is_match = ([targets], re.search) if isinstance(targets, str) else (targets, operator.eq)
+        matched = match_rules(patterns, linear, "linear layer", is_match)
+        layers = {name: module for name, module in linear.items() if name in matched}
         if rank < 1:
             raise ValueError(f"the rank must be at least 1, got {rank}")
         self.names, self.scale = tuple(layers), (rank if alpha is None else alpha) / rank
@@ -68,10 +70,17 @@ class LoRA(nn.Module):
             self.b.append(torch.zeros(layer.out_features, rank, device=layer.weight.device))
         self._layers = list(layers.values())
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.is_merged = False
         self.attach()
 
     def attach(self) -> None:
-        """Have the layers add the updates' outputs to theirs; a second call does nothing."""
+        """Let the layers add the updates' outputs to theirs; a second call does nothing.
+
+        Raises:
+            RuntimeError: if the LoRA is merged, as its updates would count twice.
+        """
+        if self.is_merged:
+            raise RuntimeError("this LoRA is merged, its updates are in the model's weights; make or load a new one")
         if self._hooks:
             return
         for layer, a, b in zip(self._layers, self.a, self.b, strict=True):
@@ -89,10 +98,16 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the updates to the weights, and detach: the model computes the same without this LoRA."""
+        """Add the updates to the weights, and detach: the model computes the same without this LoRA.
+
+        Raises:
+            RuntimeError: if the LoRA is merged already.
+        """
+        self.attach()
         for layer, update in zip(self._layers, self.updates(), strict=True):
             layer.weight += update
         self.detach()
+        self.is_merged = True
 
     def updates(self) -> list[Tensor]:
         """What each layer's weight gains, (O, I) each."""
@@ -100,5 +115,5 @@ class LoRA(nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers are learned."""
+        """How many trainable parameters it has."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import warnings
 from ast import literal_eval
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name closest to ``name``, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def match_rules(
+    rules: Iterable[str], names: Iterable[str], kind: str, is_match: Callable[[str, str], object] = re.search
+) -> dict[str, int]:
+    """Find the rule that holds for each name: the first that matches it.
+
+    Args:
+        rules: regular expressions that are searched for in a name, or what ``is_match`` takes.
+        names: of layers or parameters.
+        kind: what the names are of, for the message.
+        is_match: whether a rule, its first argument, matches a name.
+
+    Returns:
+        The number of its rule for each name that has one.
+
+    Raises:
+        ValueError: for a rule that matches no name.
+    """
+    names, numbers = list(names), {}
+    for number, rule in enumerate(rules):
+        matching = [name for name in names if is_match(rule, name)]
+        if not matching:
+            there_are = f"there are {names[0]} ... {names[-1]}" if names else "there are none"
+            raise ValueError(f"no {kind}'s name matches the rule {rule!r}{nearest(rule, names)}; {there_are}")
+        numbers = dict.fromkeys(matching, number) | numbers
+    return numbers
 
 
 class CfgNode:

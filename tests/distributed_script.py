@@ -265,10 +265,38 @@ def fail(folder: Path, who: int, where: str) -> None:
         multistep.predict(multistep.Plan(random_model(), [multistep.Step("a", failing, max_new_tokens=1)]), [0])
 
 
+def catch_errors(folder: Path, function: str, who: int) -> list:
+    """What a process gets where one process's function fails, and whether all can meet after that."""
+
+    def failing():
+        if distributed.rank() == who:
+            raise ValueError("no digit")
+
+    text = None
+    try:
+        if function == "run_on_main":
+            distributed.run_on_main(failing)
+        else:
+            distributed.map_over_ranks(dict.fromkeys(range(7), failing))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    return [text, distributed.all_gather("fine")]
+
+
 JOBS = {
     job.__name__: job
     for job in (
-        *(predict_everything, count_collectives, split_model, predict_and_die, three_steps, train, evaluate, fail),
+        *(
+            predict_everything,
+            count_collectives,
+            split_model,
+            predict_and_die,
+            three_steps,
+            train,
+            evaluate,
+            fail,
+            catch_errors,
+        ),
     )
 }
 

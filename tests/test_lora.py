@@ -97,14 +97,63 @@ def test_two_add_up(x):
     [
         (
             {"targets": "mpl"},
-            r"no linear layer's name matches 'mpl'; there are transformer.h.0.attn.c_attn \.\.\. lm_head",
+            r"no linear layer's name matches the rule 'mpl'; there are transformer.h.0.attn.c_attn \.\.\. lm_head",
         ),
+        ({"targets": []}, r"targets is \[\]; give a regular expression"),
+        ({"targets": ""}, "targets is ''; give a regular expression"),
+        (
+            {"targets": ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_cf"]},
+            r"matches the rule 'transformer.h.1.mlp.c_cf' \(did you mean 'transformer.h.1.mlp.c_fc'\?\)",
+        ),
+        ({"targets": ["mlp"]}, "no linear layer's name matches the rule 'mlp'"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LoRA(new_model(), **options)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match=r"no linear layer's name matches the rule '.*'; there are none"):
+        LoRA(torch.nn.Sequential(torch.nn.LayerNorm(3)))
+
+
+def test_names_are_those_layers_and_no_others():
+    names = ["transformer.h.1.mlp.c_fc", "transformer.h.0.attn.c_proj"]
+    assert LoRA(new_model(), targets=names).names == (names[1], names[0])  # in the model's order
+
+
+def test_updates_are_merged_once(x):
+    model = new_model()
+    lora = random_lora(model)
+    lora.merge()
+    merged = model(x)[0]
+    for again in (lora.merge, lora.attach):
+        with pytest.raises(RuntimeError, match="this LoRA is merged"):
+            again()
+        assert torch.equal(model(x)[0], merged)
+
+
+def test_a_detached_lora_can_be_merged(x):
+    model = new_model()
+    lora = random_lora(model)
+    attached = model(x)[0]
+    lora.detach()
+    lora.merge()
+    assert torch.allclose(model(x)[0], attached, atol=1e-5)
+
+
+def test_two_on_one_layer_add_up(x):
+    model = new_model()
+    original = copy.deepcopy(model)
+    first, second = random_lora(model, targets="c_fc"), random_lora(model, targets="c_fc")
+    both = model(x)[0]
+    modules = dict(original.named_modules())
+    with torch.no_grad():
+        for name, *updates in zip(first.names, first.updates(), second.updates(), strict=True):
+            modules[name].weight += sum(updates)
+    assert torch.allclose(original(x)[0], both, atol=1e-5)
 
 
 def test_it_computes_what_peft_does(x):

@@ -1,21 +1,25 @@
 """Automata over tokens: which continuations a regular or a bracketed language allows.
 
-Legend: S states, V vocabulary, T tokens, N a length in tokens, G stack symbols, D the depth of a stack.
+Legend: B batch, S states, V vocabulary, T tokens, N a length in tokens, G stack symbols, D the depth of a stack.
 
-An automaton here is a table. Regular expressions and the algebra of finite automata are automata-lib's; what it
-describes is compiled to a dense table, and its states are numbered in the order in which a search from the start finds
-them, so equal minimal automata have equal tables.
+An automaton here is a table. Regular expressions and the algebra of finite automata are automata-lib's. What it
+describes is compiled to a dense table. States are numbered in the order in which a search from the start finds them,
+so equal minimal automata have equal tables.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from automata.fa.dfa import DFA as Description
 
 _SYMBOLS = 0xF0000
 """automata-lib reads characters: token v is the private character with this number plus v."""
@@ -28,17 +32,20 @@ class DFA:
     Attributes:
         next: (S, V) of int64, the state after a token; every state has one for every token.
         is_accepting: (S,) of bool.
+
+    Raises:
+        ValueError: for other shapes, or a state that is not in the table.
     """
 
     next: Tensor
     is_accepting: Tensor
 
     def __post_init__(self) -> None:
-        n_states = len(self.is_accepting)
-        if self.next.ndim != 2 or len(self.next) != n_states or self.next.numel() == 0:
-            raise ValueError(f"next must be ({n_states}, V) for {n_states} states, got {tuple(self.next.shape)}")
-        if self.next.min() < 0 or self.next.max() >= n_states:
-            raise ValueError(f"next must hold states from 0 to {n_states - 1}")
+        shapes = tuple(self.next.shape), tuple(self.is_accepting.shape)
+        if self.next.ndim != 2 or shapes[1] != shapes[0][:1] or not self.next.numel():
+            raise ValueError(f"next and is_accepting must be (S, V) and (S,), got {shapes[0]} and {shapes[1]}")
+        if self.next.min() < 0 or self.next.max() >= len(self.next):
+            raise ValueError(f"next must hold states from 0 to {len(self.next) - 1}")
 
     @property
     def vocab_size(self) -> int:
@@ -50,14 +57,15 @@ class DFA:
         """Compile a regular expression over tokens.
 
         Args:
-            expression: tokens, by number or name, with spaces where they would run together, and ``|``, ``*``, ``+``,
+            expression: tokens by number or name, with spaces where they would run together, and ``|``, ``*``, ``+``,
                 ``?``, ``{n}``, ``{n,m}``, ``&`` for "and also", parentheses, ``.`` for any token, ``[1 3-5]`` for one
-                of several and ``[^1 3-5]`` for one of the others. A name that is not a word is quoted: ``"("``.
+                of several and ``[^1 3-5]`` for one of the others. A range may have spaces, ``1 - 3`` is ``1-3``, and
+                must not descend. A name that is not a word is quoted, within brackets too: ``"("``, ``[^"+"]``.
             vocab_size: V.
             names: V names of the tokens, their numbers without it; those of one letter may run together.
 
         Raises:
-            ValueError: if the expression does not parse or names a token that there is not.
+            ValueError: if the expression does not parse or names an unknown token.
         """
         from automata.base.exceptions import RegexException
         from automata.fa.dfa import DFA as Description
@@ -72,7 +80,7 @@ class DFA:
             reason = re.sub(r"<\w+: (.*?)>", lambda match: match[1], str(error))
             reason = re.sub("[\U000f0000-\U0010ffff]", lambda match: str(ord(match[0]) - _SYMBOLS), reason)
             raise ValueError(f"the regular expression {expression!r} does not parse: {reason}") from None
-        return _compile(Description.from_nfa(nfa, minify=True), vocab_size)
+        return _compile(Description.from_nfa(nfa, minify=True))
 
     @classmethod
     def from_transitions(
@@ -85,22 +93,21 @@ class DFA:
         """Compile a table of states to tokens to states; a token that a state does not name is refused there.
 
         Raises:
-            ValueError: for a state or token that there is not.
+            ValueError: for an unknown state or token.
         """
-        states = {start, *transitions}
-        for moves in transitions.values():
-            for token, target in moves.items():
-                _check_token(token, vocab_size)
-                if target not in states:
-                    raise ValueError(f"a move leads to {target!r}, which has no transitions; give it {{}}")
-        if unknown := [state for state in accepting if state not in states]:
+        numbers = {state: number for number, state in enumerate(dict.fromkeys([start, *transitions]))}
+        if unknown := [state for state in accepting if state not in numbers]:
             raise ValueError(f"the accepting state {unknown[0]!r} has no transitions; give it {{}}")
-        every = {state: transitions.get(state, {}) for state in states}
-        return _compile(_description(every, start, set(accepting), vocab_size).minify(), vocab_size)
-
-    def minimized(self) -> DFA:
-        """The automaton with the fewest states that accepts the same, the same one for equal languages."""
-        return _compile(_describe(self).minify(), self.vocab_size)
+        refused = len(numbers)
+        table = torch.full((refused + 1, vocab_size), refused)
+        for state, moves in transitions.items():
+            _check_tokens(moves, vocab_size)
+            for token, target in moves.items():
+                if target not in numbers:
+                    raise ValueError(f"a move leads to {target!r}, which has no transitions; give it {{}}")
+                table[numbers[state], token] = numbers[target]
+        is_accepting = torch.tensor([*(state in accepting for state in numbers), False])
+        return _compile(_describe(cls(table, is_accepting)).minify())
 
     def __and__(self, other: DFA) -> DFA:
         """What both accept."""
@@ -112,12 +119,12 @@ class DFA:
 
     def __invert__(self) -> DFA:
         """What this one refuses."""
-        return _compile(~_describe(self), self.vocab_size)
+        return _compile(~_describe(self))
 
-    def _combined(self, other: DFA, operation: Callable[[Any, Any], Any]) -> DFA:
+    def _combined(self, other: DFA, operation: Callable[[Description, Description], Description]) -> DFA:
         if self.vocab_size != other.vocab_size:
             raise ValueError(f"automata over {self.vocab_size} and {other.vocab_size} tokens cannot be combined")
-        return _compile(operation(_describe(self), _describe(other)), self.vocab_size)
+        return _compile(operation(_describe(self), _describe(other)))
 
     def ended_by(self, token: int) -> DFA:
         """What this one accepts, followed by any number of ``token``, which is an end and a filler.
@@ -125,39 +132,16 @@ class DFA:
         Raises:
             ValueError: if something that is accepted could contain the token.
         """
-        _check_token(token, self.vocab_size)
+        _check_tokens([token], self.vocab_size)
         is_alive = self.completable(len(self.next)).any(dim=0)  # (S,)
         if (is_alive & is_alive[self.next[:, token]]).any():
             raise ValueError(f"token {token} cannot be the end: it also occurs in what the automaton accepts")
-        n_states, ended = len(self.next), len(self.next)
+        ended = len(self.next)
         refused = ended + 1
         table = torch.cat([self.next, torch.full((2, self.vocab_size), refused)])
-        table[:n_states, token] = torch.where(self.is_accepting, ended, refused)
+        table[:ended, token] = torch.where(self.is_accepting, ended, refused)
         table[ended, token] = ended
         return DFA(table, torch.cat([self.is_accepting, torch.tensor([True, False])]))
-
-    def spelled_by(self, spellings: Sequence[str], names: Sequence[str]) -> DFA:
-        """Read longer tokens through this automaton: token v is the sequence of this one's tokens that it spells.
-
-        Args:
-            spellings: for each token of the new vocabulary, a string of this automaton's token names.
-            names: V names of one character each, this automaton's tokens.
-
-        Returns:
-            A DFA over ``len(spellings)`` tokens; one that spells nothing, or an unknown character, is refused.
-        """
-        n_states, number = len(self.next), {name: token for token, name in enumerate(names)}
-        refused, nothing, unknown = n_states, self.vocab_size, self.vocab_size + 1  # a state and two more tokens
-        read = [[number.get(character, unknown) for character in spelling] or [unknown] for spelling in spellings]
-        longest = max(map(len, read))
-        steps = torch.tensor([each + [nothing] * (longest - len(each)) for each in read])  # (V', longest)
-        stay = torch.arange(n_states + 1)[:, None]
-        table = torch.cat([self.next, torch.full((1, self.vocab_size), refused)])
-        table = torch.cat([table, stay, torch.full_like(stay, refused)], dim=1)
-        states = stay.expand(-1, len(spellings))
-        for step in steps.T:
-            states = table[states, step]
-        return DFA(states.contiguous(), torch.cat([self.is_accepting, torch.tensor([False])]))
 
     def completable(self, n_tokens: int) -> Tensor:
         """(N + 1, S) of bool: whether acceptance is exactly 0, ..., N tokens away from each state."""
@@ -168,7 +152,8 @@ class DFA:
         return torch.stack(away) > 0
 
     def accepts(self, tokens: Tensor) -> Tensor:
-        """(..., T) of int64 to (...) of bool."""
+        """(..., T) of int64 to (...) of bool; a token that it does not know is a ValueError."""
+        _check_tokens(tokens.unique().tolist(), self.vocab_size)
         state = torch.zeros(tokens.shape[:-1], dtype=torch.int64)
         for token in tokens.unbind(dim=-1):
             state = self.next[state, token]
@@ -177,6 +162,10 @@ class DFA:
 
 STAY, POP = 0, -1
 """What a move of a PDA does to its stack; a positive number pushes that symbol."""
+
+Move = tuple[Hashable, int, int | None, Hashable, int]
+"""(state, token, top, new state, action): ``top`` is the symbol on the stack, 0 for an empty one, None for any;
+``action`` is STAY, POP or a symbol."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +180,9 @@ class PDA:
         move: (S, G + 1, V) of int64: STAY, POP, or the symbol to push.
         is_accepting: (S,) of bool.
         depth: D, how many symbols the stack can hold; what needs more is refused.
+
+    Raises:
+        ValueError: for other shapes, or a state, symbol or depth that makes no sense.
     """
 
     next: Tensor
@@ -199,12 +191,12 @@ class PDA:
     depth: int = 16
 
     def __post_init__(self) -> None:
-        n_states, n_symbols = self.next.shape[0], self.next.shape[1] - 1
-        if self.next.ndim != 3 or self.move.shape != self.next.shape or self.is_accepting.shape != (n_states,):
+        shapes = [tuple(each.shape) for each in (self.next, self.move, self.is_accepting)]
+        if self.next.ndim != 3 or shapes[1:] != [shapes[0], shapes[0][:1]] or not self.next.numel():
             raise ValueError(
-                f"next, move and is_accepting must be (S, G + 1, V) twice and (S,), got {tuple(self.next.shape)}, "
-                f"{tuple(self.move.shape)} and {tuple(self.is_accepting.shape)}"
+                "next, move and is_accepting must be (S, G + 1, V) twice and (S,), got {}, {} and {}".format(*shapes)
             )
+        n_states, n_symbols = self.next.shape[0], self.next.shape[1] - 1
         if self.next.max() >= n_states or self.move.max() > n_symbols or self.move.min() < POP:
             raise ValueError(f"there are {n_states} states and {n_symbols} stack symbols, a move goes beyond them")
         if ((self.move[:, 0] == POP) & (self.next[:, 0] >= 0)).any():
@@ -220,77 +212,51 @@ class PDA:
     @classmethod
     def from_transitions(
         cls,
-        transitions: Sequence[tuple[Hashable, int, int | None, Hashable, int]],
+        transitions: Sequence[Move],
         start: Hashable,
         accepting: Sequence[Hashable],
         vocab_size: int,
         depth: int = 16,
     ) -> PDA:
-        """Compile moves (state, token, top, new state, action).
-
-        ``top`` is the symbol on the stack, 0 for an empty one, None for any; ``action`` is STAY, POP or a symbol.
+        """Compile a list of moves.
 
         Raises:
-            ValueError: if two moves contradict each other, or a state or token is not there.
+            ValueError: if two moves contradict each other, or a state, token or stack symbol is unknown.
         """
+        _check_tokens((move[1] for move in transitions), vocab_size)
         names = list(dict.fromkeys([start, *(name for move in transitions for name in (move[0], move[3]))]))
         if unknown := [state for state in accepting if state not in names]:
             raise ValueError(f"no move leads to the accepting state {unknown[0]!r}")
-        tops = [number for move in transitions for number in (move[2] or 0, move[4])]
-        n_symbols = max([1, *tops])
+        n_symbols = max([1, *(number for move in transitions for number in (move[2] or 0, move[4]))])
         following = torch.full((len(names), n_symbols + 1, vocab_size), -1)
         actions = torch.zeros_like(following)
         for state, token, top, target, action in transitions:
-            _check_token(token, vocab_size)
+            if top is not None and top < 0:
+                raise ValueError(f"{top} cannot be on the stack; give a symbol from 1 on, 0 for an empty one or None")
             first = 1 if action == POP and top is None else 0
             for symbol in range(first, n_symbols + 1) if top is None else (top,):
-                place = (names.index(state), symbol, token)
-                if following[place] >= 0:
+                index = (names.index(state), symbol, token)
+                if following[index] >= 0:
                     raise ValueError(f"two moves from state {state!r} with token {token} and {symbol} on the stack")
-                following[place], actions[place] = names.index(target), action
+                following[index], actions[index] = names.index(target), action
         return cls(following, actions, torch.tensor([name in accepting for name in names]), depth)
 
     @classmethod
     def balanced(cls, pairs: Sequence[tuple[int, int]], vocab_size: int, depth: int = 16) -> PDA:
         """Balanced brackets, any number of them: the Dyck language of (opening, closing) pairs of tokens."""
-        moves: list[tuple[Hashable, int, int | None, Hashable, int]] = []
+        moves: list[Move] = []
         for symbol, (opening, closing) in enumerate(pairs, start=1):
             moves += [("start", opening, None, "start", symbol), ("start", closing, symbol, "start", POP)]
         return cls.from_transitions(moves, "start", ["start"], vocab_size, depth)
 
-    @classmethod
-    def expressions(
-        cls,
-        digits: Sequence[int],
-        operators: Sequence[int],
-        brackets: tuple[int, int],
-        vocab_size: int,
-        depth: int = 16,
-    ) -> PDA:
-        """Arithmetic expressions: operands of one digit or in brackets, with an operator between two of them."""
-        opening, closing = brackets
-        moves: list[tuple[Hashable, int, int | None, Hashable, int]] = [
-            *(("operand", digit, None, "after", STAY) for digit in digits),
-            *(("after", operator, None, "operand", STAY) for operator in operators),
-            ("operand", opening, None, "operand", 1),
-            ("after", closing, 1, "after", POP),
-        ]
-        return cls.from_transitions(moves, "operand", ["after"], vocab_size, depth)
-
     def accepts(self, tokens: Tensor) -> Tensor:
-        """(B, T) of int64 to (B,) of bool."""
-        rows = torch.arange(len(tokens))
-        state, level = torch.zeros(len(tokens), dtype=torch.int64), torch.zeros(len(tokens), dtype=torch.int64)
+        """(B, T) of int64 to (B,) of bool; a token that it does not know is a ValueError."""
+        _check_tokens(tokens.unique().tolist(), self.vocab_size)
         stack = torch.zeros(len(tokens), self.depth + 1, dtype=torch.int64)
-        is_alive = torch.ones(len(tokens), dtype=torch.bool)
+        state, level, is_alive = stack[:, 0], stack[:, 0], torch.ones(len(tokens), dtype=torch.bool)
         for token in tokens.unbind(dim=-1):
-            top = stack[rows, level]
-            following, action = self.next[state, top, token], self.move[state, top, token]
-            is_alive &= (following >= 0) & ((action <= 0) | (level < self.depth))
-            level = torch.where(is_alive, level + action.clamp(POP, 1), level)
-            is_push = is_alive & (action > 0)
-            stack[rows[is_push], level[is_push]] = action[is_push]
-            state = torch.where(is_alive, following, state)
+            state, level, stack, is_allowed = pda_step(self.next, self.move, state, level, stack, token)
+            is_alive = is_alive & is_allowed
         return is_alive & (level == 0) & self.is_accepting[state]
 
     def completable(self, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -301,80 +267,107 @@ class PDA:
                 D - 1 more, exactly so many tokens can lead to its removal, into state S'.
             ended: (S, N + 1) of float, 1 where from state S with an empty stack they can lead to acceptance.
         """
-        n_states, n_symbols = self.next.shape[0], self.next.shape[1] - 1
-        popped = torch.zeros(self.depth, n_states, n_symbols, n_states, n_tokens + 1)
-        ended = torch.zeros(n_states, n_tokens + 1)
-        ended[:, 0] = self.is_accepting.float()
-        moves = [
-            sorted({(int(self.next[p, g, v]), int(self.move[p, g, v])) for v in range(self.vocab_size)} - {(-1, 0)})
-            for p in range(n_states)
-            for g in range(n_symbols + 1)
-        ]
+        n_states, n_tops, _ = self.next.shape
+        exists = self.next >= 0
+        state, top, _ = exists.nonzero(as_tuple=True)
+        # 1 where some token leads from S, with a top of 0 to G, to S': by popping, by staying, by pushing each symbol.
+        moves = torch.zeros(n_states, n_tops, n_tops + 1, n_states)
+        moves[state, top, self.move[exists] - POP, self.next[exists]] = 1.0
+        pops, stays, pushes = moves[:, 1:, 0], moves[:, :, 1], moves[:, :, 2:]
+        popped = torch.zeros(self.depth, n_states, n_tops - 1, n_states, n_tokens + 1)
+        popped[..., 1:2] = pops[..., None]
+        ended = F.pad(self.is_accepting.float()[:, None], (0, n_tokens))
         for n in range(1, n_tokens + 1):
-            for p in range(n_states):
-                for following, action in moves[p * (n_symbols + 1)]:
-                    if following < 0:
-                        continue
-                    if action > 0:  # (S', i) and (S', n - 1 - i)
-                        first = popped[-1, following, action - 1, :, :n]
-                        ended[p, n] += (first * ended[:, :n].flip(1)).sum()
-                    else:
-                        ended[p, n] += ended[following, n - 1]
-                for g in range(n_symbols):
-                    for following, action in moves[p * (n_symbols + 1) + g + 1]:
-                        if following < 0:
-                            continue
-                        if action == POP:
-                            popped[:, p, g, following, n] += float(n == 1)
-                        elif action == STAY:
-                            popped[:, p, g, :, n] += popped[:, following, g, :, n - 1]
-                        else:  # the new symbol goes in i tokens, into state m; from there this one in the rest
-                            first = popped[:-1, following, action - 1, :, :n]  # (D - 1, m, i)
-                            rest = popped[1:, :, g, :, :n].flip(-1)  # (D - 1, m, S', i)
-                            popped[1:, p, g, :, n] += torch.einsum("dmi,dmsi->ds", first, rest)
+            # What is pushed goes in i tokens, into state m; from there what is below it goes in the rest, n - 1 - i.
+            popped[..., n] += torch.einsum("pgq,dqgs->dpgs", stays[:, 1:], popped[..., n - 1])
+            first = torch.einsum("pghq,dqhmi->dpgmi", pushes[:, 1:], popped[:-1, ..., :n])
+            popped[1:, ..., n] += torch.einsum("dpgmi,dmgsi->dpgs", first, popped[1:, ..., :n].flip(-1))
+            first = torch.einsum("phq,qhmi->pmi", pushes[:, 0], popped[-1, ..., :n])
+            ended[:, n] = stays[:, 0] @ ended[:, n - 1] + torch.einsum("pmi,mi->p", first, ended[:, :n].flip(-1))
             popped[..., n].clamp_(max=1.0)
             ended[:, n].clamp_(max=1.0)
         return popped, ended
 
 
-def _check_token(token: int, vocab_size: int) -> None:
-    if not 0 <= token < vocab_size:
-        raise ValueError(f"there is no token {token}; they go from 0 to {vocab_size - 1}")
+def pda_step(
+    following: Tensor, move: Tensor, state: Tensor, level: Tensor, stack: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read one token in each row of a batch.
+
+    Args:
+        following: (S, G + 1, V), a PDA's ``next``.
+        move: (S, G + 1, V), its ``move``.
+        state: (B,) of int64.
+        level: (B,) of int64, how many symbols are on the stack.
+        stack: (B, D + 1) of int64, from the bottom up; the first is 0, the top of an empty stack.
+        token: (B,) of int64.
+
+    Returns:
+        The next state, level and stack, and whether there was such a move, (B,) of bool; without one a row stays as it
+        was.
+    """
+    rows = torch.arange(len(token), device=token.device)
+    top = stack[rows, level]
+    target, action = following[state, top, token], move[state, top, token]
+    is_allowed = (target >= 0) & ((action <= 0) | (level < stack.shape[1] - 1))
+    action = torch.where(is_allowed, action, STAY)
+    level, stack = level + action.clamp(POP, 1), stack.clone()
+    stack[rows, level] = torch.where(action > 0, action, stack[rows, level])
+    return torch.where(is_allowed, target, state), level, stack, is_allowed
+
+
+def _check_tokens(tokens: Iterable[int], vocab_size: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"there is no token {token}; they go from 0 to {vocab_size - 1}")
 
 
 def _symbol(token: int) -> str:
     return chr(_SYMBOLS + token)
 
 
-_LEXEMES = re.compile(r'\s+|"[^"]*"|\[\^?[^\]"]*\]|\w+|\{\d*(?:,\d*)?\}|[|*+?()&.]')
+_LEXEMES = re.compile(r'\s+|"[^"]*"|\[\^?(?:"[^"]*"|[^\]"])*\]|\w+|\{\d*(?:,\d*)?\}|[|*+?()&.]')
+_MEMBERS = re.compile(r'\s*("[^"]*"|\w+)(?:\s*-\s*("[^"]*"|\w+))?\s*')
+"""A token or a range of tokens within brackets."""
 
 
 def _in_symbols(expression: str, vocab_size: int, names: Sequence[str] | None) -> str:
     """Rewrite an expression in automata-lib's, each token as its symbol."""
     numbers = {name: token for token, name in enumerate(names or map(str, range(vocab_size)))}
+    says = f"the regular expression {expression!r}"
+
+    def scan(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+        start = 0
+        while start < len(text):
+            if (match := pattern.match(text, start)) is None:
+                raise ValueError(f'{says} does not parse at {text[start:]!r}; a name that is no word is quoted, "+"')
+            yield match
+            start = match.end()
 
     def number_of(name: str) -> int:
-        if name not in numbers:
+        if (name := name.strip('"')) not in numbers:
             raise ValueError(
-                f"the regular expression {expression!r} has {name!r}, which is no token"
-                + ("" if names else f": they go from 0 to {vocab_size - 1}")
+                f"{says} has {name!r}, which is no token" + ("" if names else f": they go from 0 to {vocab_size - 1}")
             )
         return numbers[name]
 
-    pieces, place = [], 0
-    while place < len(expression):
-        match = _LEXEMES.match(expression, place)
-        if match is None:
-            raise ValueError(f"the regular expression {expression!r} does not parse at {expression[place:]!r}")
-        lexeme, place = match.group(), match.end()
+    def tokens_of(lexeme: str) -> set[int]:
+        """Those that a bracket expression matches."""
+        is_complement, members = lexeme[1] == "^", set()
+        for match in scan(_MEMBERS, lexeme[1 + is_complement : -1].strip()):
+            first, last = number_of(match[1]), number_of(match[2] or match[1])
+            if first > last:
+                raise ValueError(f"{says} has the descending range {match[0].strip()!r}; write the lower token first")
+            members.update(range(first, last + 1))
+        return set(range(vocab_size)) - members if is_complement else members
+
+    pieces = []
+    for match in scan(_LEXEMES, expression):
+        lexeme = match[0]
         if lexeme[0] == "[":
-            members: set[int] = set()
-            for first, last in re.findall(r"(\w+)(?:-(\w+))?", lexeme):
-                members.update(range(number_of(first), number_of(last or first) + 1))
-            chosen = sorted(set(range(vocab_size)) - members if lexeme[1] == "^" else members)
-            if not chosen:
-                raise ValueError(f"the regular expression {expression!r} has {lexeme}, which no token matches")
-            pieces.append("(" + "|".join(map(_symbol, chosen)) + ")")
+            if not (tokens := tokens_of(lexeme)):
+                raise ValueError(f"{says} has {lexeme}, which no token matches")
+            pieces.append("(" + "|".join(map(_symbol, sorted(tokens))) + ")")
         elif lexeme[0] == '"' or lexeme[0].isalnum() or lexeme[0] == "_":
             name = lexeme.strip('"')
             are_letters = names is not None and name not in numbers and all(letter in numbers for letter in name)
@@ -384,43 +377,29 @@ def _in_symbols(expression: str, vocab_size: int, names: Sequence[str] | None) -
     return "".join(pieces)
 
 
-def _describe(dfa: DFA) -> Any:
+def _describe(dfa: DFA) -> Description:
     """A table as automata-lib describes it."""
-    transitions: dict[Hashable, dict[int, Hashable]] = {
-        state: dict(enumerate(row)) for state, row in enumerate(dfa.next.tolist())
-    }
-    return _description(transitions, 0, set(dfa.is_accepting.nonzero().flatten().tolist()), dfa.vocab_size)
-
-
-def _description(
-    transitions: Mapping[Hashable, Mapping[int, Hashable]], start: Hashable, accepting: set[Any], vocab_size: int
-) -> Any:
-    """automata-lib's description; where a state does not name a token, it leads to one that refuses all."""
     from automata.fa.dfa import DFA as Description
 
+    symbols = list(map(_symbol, range(dfa.vocab_size)))
     return Description(
-        states=set(transitions),
-        input_symbols=set(map(_symbol, range(vocab_size))),
-        transitions={
-            state: {_symbol(token): target for token, target in moves.items()} for state, moves in transitions.items()
-        },
-        initial_state=start,
-        final_states=accepting,
-        allow_partial=True,
-    ).to_complete()
+        states=set(range(len(dfa.next))),
+        input_symbols=set(symbols),
+        transitions={state: dict(zip(symbols, row, strict=True)) for state, row in enumerate(dfa.next.tolist())},
+        initial_state=0,
+        final_states=set(dfa.is_accepting.nonzero().flatten().tolist()),
+    )
 
 
-def _compile(description: Any, vocab_size: int) -> DFA:
+def _compile(description: Description) -> DFA:
     """The table of what automata-lib describes, states in the order in which a search from the start finds them."""
     complete = description.to_complete()
-    symbols = [_symbol(token) for token in range(vocab_size)]
-    found = {complete.initial_state: 0}
-    rows = []
-    for state in (order := [complete.initial_state]):
-        row = [complete.transitions[state][symbol] for symbol in symbols]
-        for target in row:
-            if target not in found:
-                found[target] = len(order)
-                order.append(target)
-        rows.append([found[target] for target in row])
-    return DFA(torch.tensor(rows), torch.tensor([state in complete.final_states for state in order]))
+    symbols = sorted(complete.input_symbols)
+    numbers, states, table = {complete.initial_state: 0}, [complete.initial_state], []
+    for state in states:  # which grows on the way
+        for symbol in symbols:
+            if (target := complete.transitions[state][symbol]) not in numbers:
+                numbers[target] = len(states)
+                states.append(target)
+        table.append([numbers[complete.transitions[state][symbol]] for symbol in symbols])
+    return DFA(torch.tensor(table), torch.tensor([state in complete.final_states for state in states]))

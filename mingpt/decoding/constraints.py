@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mingpt.decoding.automata import DFA, PDA, POP
+from mingpt.decoding.automata import DFA, PDA, POP, pda_step
 from mingpt.decoding.logits_processors import Constraint, Context, State
 
 
 class MultisetConstraint(Constraint):
     """The output is a permutation of the prompt's last tokens, of as many as are generated.
 
+    A prefix's placeholders are not the prompt's content, so none of them is permuted; padding without a prefix is.
     Its state is how often each token is left to be used.
     """
 
@@ -25,11 +26,12 @@ class MultisetConstraint(Constraint):
         """Count.
 
         Raises:
-            ValueError: if the prompt is shorter than what is to be generated.
+            ValueError: if the prompt's content is shorter than what is to be generated.
         """
-        if context.n_new > context.n_prompt:
-            raise ValueError(f"{context.n_new} tokens cannot be a permutation of a prompt of {context.n_prompt}")
-        given = context.tokens[:, -context.n_new :]
+        n_new, n_content = context.n_new, context.n_prompt - context.n_placeholders
+        if n_new > n_content:
+            raise ValueError(f"{n_new} tokens cannot be a permutation of a prompt of {n_content}, placeholders aside")
+        given = context.tokens[:, context.n_prompt - n_new :]
         counts = given.new_zeros(len(given), context.vocab_size)
         return {"counts": counts.scatter_add(1, given, torch.ones_like(given))}
 
@@ -42,7 +44,7 @@ class MultisetConstraint(Constraint):
 
 
 class MonotoneConstraint(Constraint):
-    """The output's tokens never fall, or never rise."""
+    """The output's tokens never fall, or never rise; the prompt's do not count."""
 
     def __init__(self, is_descending: bool = False):
         self.is_descending = is_descending
@@ -56,7 +58,7 @@ class MonotoneConstraint(Constraint):
 
 
 class RegularConstraint(Constraint):
-    """The output is in the language of a finite automaton, whole.
+    """The whole output is in the language of a finite automaton.
 
     Its state is each row's, and the automaton's tables, which all rows share.
     """
@@ -71,17 +73,17 @@ class RegularConstraint(Constraint):
             ValueError: if nothing of the needed length is accepted, or the vocabulary is another.
         """
         dfa, n_new = self.dfa, context.n_new
-        _check(dfa.vocab_size, context)
+        _check_vocabulary(dfa, context)
         away = dfa.completable(n_new)  # (N + 1, S)
         if not away[n_new, 0]:
-            raise ValueError(f"the automaton accepts nothing of {n_new} tokens; {_lengths(dfa.completable(64)[:, 0])}")
-        distinct, place = away[:n_new].unique(dim=0, return_inverse=True)
+            raise _nothing_accepted(n_new, dfa.completable(64)[:, 0])
+        distinct, index = away[:n_new].unique(dim=0, return_inverse=True)
         allowed = distinct[:, dfa.next].flatten(0, 1)  # (one for each of them and each state, V)
         return {
             "state": context.tokens.new_zeros(len(context.tokens)),
             "next": dfa.next.to(context.device),
             "allowed": allowed.to(context.device),
-            "first": tuple((place.flip(0) * len(dfa.next)).tolist()),  # where a step's states are among the allowed
+            "first": tuple((index.flip(0) * len(dfa.next)).tolist()),  # where a step's states are among the allowed
         }
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
@@ -95,7 +97,7 @@ class RegularConstraint(Constraint):
 
 
 class PushdownConstraint(Constraint):
-    """The output is in the language of a pushdown automaton, whole.
+    """The whole output is in the language of a pushdown automaton.
 
     Beside the stack of symbols each row keeps, for every level of it, after which numbers of tokens what is on the
     stack up to there can have been completed. A symbol that is pushed combines what is below it with the automaton's
@@ -112,19 +114,17 @@ class PushdownConstraint(Constraint):
             ValueError: if nothing of the needed length is accepted, or the vocabulary is another.
         """
         pda, n_new, batch = self.pda, context.n_new, len(context.tokens)
-        _check(pda.vocab_size, context)
+        _check_vocabulary(pda, context)
         popped, ended = pda.completable(n_new)
         if not ended[0, n_new]:
-            raise ValueError(f"the automaton accepts nothing of {n_new} tokens; {_lengths(pda.completable(64)[1][0])}")
-        n_states, n_symbols = popped.shape[1:3]
-        # What a move leads to, as a number: nothing, or a state after a move that stays, pops or pushes a symbol.
-        kinds = torch.where(pda.move == POP, n_symbols + 1, pda.move)
-        effects = torch.where(pda.next < 0, 0, 1 + kinds * n_states + pda.next)
+            raise _nothing_accepted(n_new, pda.completable(64)[1][0])
+        # What a move leads to, as a number: 0 for nothing, or a state after a move that pops, stays or pushes a symbol.
+        effects = torch.where(pda.next < 0, 0, 1 + (pda.move - POP) * len(pda.next) + pda.next)
         shared = {"next": pda.next, "move": pda.move, "effects": effects, "popped": popped}
-        levels = torch.zeros(batch, pda.depth + 1, n_states, n_new + 1, device=context.device)
+        levels = torch.zeros(batch, pda.depth + 1, *ended.shape, device=context.device)
         levels[:, 0] = ended.to(context.device)
-        zeros = context.tokens.new_zeros(batch, pda.depth + 1)
-        own = {"state": zeros[:, 0].clone(), "level": zeros[:, 0].clone(), "stack": zeros, "levels": levels}
+        stack = context.tokens.new_zeros(batch, pda.depth + 1)
+        own = {"state": stack[:, 0].clone(), "level": stack[:, 0].clone(), "stack": stack, "levels": levels}
         return own | {name: tensor.to(context.device) for name, tensor in shared.items()}
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
@@ -137,43 +137,40 @@ class PushdownConstraint(Constraint):
         popped = state["popped"][room.clamp(min=0), ..., : n_left + 1]  # (B, S, G, S', i), then the rest in n_left - i
         pushed = torch.einsum("bsgqi,bqi->bgs", popped, here[..., : n_left + 1].flip(-1))
         pushed = pushed * (room >= 0)[:, None, None]
-        possible = torch.cat(
-            [torch.zeros_like(pushed[:, 0, :1]), here[..., n_left], pushed.flatten(1), below[..., n_left]], dim=1
-        )
+        nothing = torch.zeros_like(pushed[:, 0, :1])
+        possible = torch.cat([nothing, below[..., n_left], here[..., n_left], pushed.flatten(1)], dim=1)
         effects = state["effects"][state["state"], state["stack"][rows, level]]  # (B, V)
         return state, possible.gather(1, effects) > 0
 
     def _moved(self, state: State, token: Tensor) -> State:
         """The state after a token."""
-        rows, level = torch.arange(len(token), device=token.device), state["level"]
-        place = (state["state"], state["stack"][rows, level], token)
-        following, action = state["next"][place], state["move"][place]
-        moved = level + action.clamp(POP, 1)
-        is_push, symbol = action > 0, action.clamp(min=1)
-        here = state["levels"][rows, level]  # (B, S, N + 1)
+        tables, own = (state["next"], state["move"]), (state["state"], state["level"], state["stack"])
+        following, level, stack, _ = pda_step(*tables, *own, token)
+        rows, is_push = torch.arange(len(token), device=token.device), level > state["level"]
+        here = state["levels"][rows, state["level"]]  # (B, S, N + 1)
         n = torch.arange(here.shape[-1], device=token.device)
         rest = here[..., (n - n[:, None]).clamp(min=0)] * (n >= n[:, None])  # (B, S', i, N + 1), shifted by i
-        room = (self.pda.depth - moved).clamp(max=self.pda.depth - 1)
+        room, symbol = (self.pda.depth - level).clamp(max=self.pda.depth - 1), stack[rows, level].clamp(min=1)
         popped = state["popped"][room, :, symbol - 1]  # (B, S, S', i)
         pushed = torch.einsum("bsqi,bqin->bsn", popped, rest).clamp(max=1.0)
-        stack, levels = state["stack"].clone(), state["levels"].clone()
-        stack[rows, moved] = torch.where(is_push, symbol, stack[rows, moved])
-        levels[rows, moved] = torch.where(is_push[:, None, None], pushed, levels[rows, moved])
-        return state | {"state": following, "level": moved, "stack": stack, "levels": levels}
+        levels = state["levels"].clone()
+        levels[rows, level] = torch.where(is_push[:, None, None], pushed, levels[rows, level])
+        return state | {"state": following, "level": level, "stack": stack, "levels": levels}
 
     def reorder(self, state: State, rows: Tensor) -> State:
         own = ("state", "level", "stack", "levels")
         return state | {name: state[name].index_select(0, rows) for name in own}
 
 
-def _check(vocab_size: int, context: Context) -> None:
-    if vocab_size != context.vocab_size:
-        raise ValueError(f"the automaton knows {vocab_size} tokens, the model has {context.vocab_size}")
+def _check_vocabulary(automaton: DFA | PDA, context: Context) -> None:
+    if automaton.vocab_size != context.vocab_size:
+        raise ValueError(f"the automaton knows {automaton.vocab_size} tokens, the model has {context.vocab_size}")
 
 
-def _lengths(is_accepted: Tensor) -> str:
-    """Say which lengths there are, of (N + 1,)."""
+def _nothing_accepted(n_new: int, is_accepted: Tensor) -> ValueError:
+    """The error that says which lengths are accepted instead, of (N + 1,)."""
     lengths = is_accepted.nonzero().flatten().tolist()
+    found = f"what it accepts has {', '.join(map(str, lengths[:6]))}{', ...' if len(lengths) > 6 else ''} tokens"
     if not lengths:
-        return f"it accepts nothing of up to {len(is_accepted) - 1} tokens at all"
-    return f"what it accepts has {', '.join(map(str, lengths[:6]))}{', ...' if len(lengths) > 6 else ''} tokens"
+        found = f"it accepts nothing of up to {len(is_accepted) - 1} tokens at all"
+    return ValueError(f"the automaton accepts nothing of {n_new} tokens; {found}")

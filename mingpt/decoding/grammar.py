@@ -2,20 +2,23 @@
 
 Legend: B batch, V vocabulary.
 
-Where the automata of ``mingpt.decoding.automata`` read tokens, a grammar reads characters, whatever the tokenizer makes of them.
-It does not count the tokens that remain: the text is whole if its end token came before they were spent.
+Where the automata of ``mingpt.decoding.automata`` read tokens, a grammar reads characters, however the tokenizer splits
+them. It does not count the tokens that remain: the text is complete if its end token came before they were spent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mingpt.decoding.logits_processors import Constraint, Context, State
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 
 class GrammarConstraint(Constraint):
@@ -25,8 +28,8 @@ class GrammarConstraint(Constraint):
     which takes about two microseconds, so an earlier state stays as it was.
     """
 
-    def __init__(self, grammar: str, tokenizer: Any):
-        """Check a grammar; ``from_lark``, ``from_regex`` and ``from_json_schema`` make one.
+    def __init__(self, grammar: str, tokenizer: LLTokenizer):
+        """Check a grammar; ``from_lark``, ``from_regex`` and ``from_json_schema`` write one.
 
         Args:
             grammar: as llguidance writes it.
@@ -42,21 +45,21 @@ class GrammarConstraint(Constraint):
         self._check(llguidance.LLMatcher(tokenizer, grammar))
 
     @classmethod
-    def from_lark(cls, grammar: str, tokenizer: Any) -> GrammarConstraint:
+    def from_lark(cls, grammar: str, tokenizer: LLTokenizer) -> GrammarConstraint:
         """Of a grammar in Lark's syntax, whose first rule is ``start``."""
         import llguidance
 
         return cls(llguidance.LLMatcher.grammar_from_lark(grammar), tokenizer)
 
     @classmethod
-    def from_regex(cls, expression: str, tokenizer: Any) -> GrammarConstraint:
+    def from_regex(cls, expression: str, tokenizer: LLTokenizer) -> GrammarConstraint:
         """Of a regular expression over characters."""
         import llguidance
 
         return cls(llguidance.LLMatcher.grammar_from_regex(expression), tokenizer)
 
     @classmethod
-    def from_json_schema(cls, schema: dict[str, Any] | str, tokenizer: Any) -> GrammarConstraint:
+    def from_json_schema(cls, schema: dict[str, Any] | str, tokenizer: LLTokenizer) -> GrammarConstraint:
         """Of JSON that a schema describes."""
         import llguidance
 
@@ -71,9 +74,7 @@ class GrammarConstraint(Constraint):
         import llguidance
 
         if self.tokenizer.vocab_size > context.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model has {context.vocab_size}"
-            )
+            raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {context.vocab_size}")
         first = llguidance.LLMatcher(self.tokenizer, self.grammar)
         return {"matchers": tuple(first.deep_copy() for _ in context.tokens)}
 
@@ -96,44 +97,36 @@ class GrammarConstraint(Constraint):
     def reorder(self, state: State, rows: Tensor) -> State:
         return {"matchers": tuple(state["matchers"][row] for row in rows.tolist())}
 
-    def _check(self, matcher: Any) -> None:
+    def _check(self, matcher: LLMatcher) -> None:
         if matcher.is_error():
             raise ValueError(f"the grammar cannot go on: {matcher.get_error().strip()}")
 
 
-def tokenizer_of(spellings: Sequence[str], end_token: int, encode: Callable[[str], list[int]] | None = None) -> Any:
-    """Tell llguidance what each token of a vocabulary spells.
+def tokenizer_of(spellings: Sequence[str], end_token: int) -> LLTokenizer:
+    """Tell llguidance what each token of a vocabulary spells; text is split into the longest tokens first.
+
+    For a fast tokenizer of transformers, ``llguidance.hf.from_tokenizer`` makes one.
 
     Args:
         spellings: V strings; an empty one is never allowed.
         end_token: the token that ends a text; what it spells does not matter.
-        encode: text to tokens; by default the longest token first.
 
-    Returns:
-        An ``llguidance.LLTokenizer``. For a fast tokenizer of transformers, ``llguidance.hf.from_tokenizer`` makes one.
+    Raises:
+        ValueError: if the end token is not one of the V tokens.
     """
     import llguidance
+
+    if not 0 <= end_token < len(spellings):
+        raise ValueError(f"there is no token {end_token} to end with; they go from 0 to {len(spellings) - 1}")
 
     class Vocabulary:
         """What llguidance's TokenizerWrapper asks for."""
 
-        def __init__(self) -> None:
-            self.eos_token_id, self.bos_token_id, self.special_token_ids = end_token, None, [end_token]
-            self.tokens = [b"<end>" if v == end_token else text.encode() for v, text in enumerate(spellings)]
+        eos_token_id, bos_token_id, special_token_ids = end_token, None, (end_token,)
+        tokens = tuple(b"<end>" if v == end_token else text.encode() for v, text in enumerate(spellings))
 
         def __call__(self, text: str) -> list[int]:
-            return encode(text) if encode else _longest_first(text, spellings)
+            return tokenizer.greedy_tokenize(text)
 
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()))
-
-
-def _longest_first(text: str, spellings: Sequence[str]) -> list[int]:
-    tokens, place = [], 0
-    order = sorted(range(len(spellings)), key=lambda token: -len(spellings[token]))
-    while place < len(text):
-        fitting = (token for token in order if spellings[token] and text.startswith(spellings[token], place))
-        if (token := next(fitting, None)) is None:
-            break  # no token spells the rest
-        tokens.append(token)
-        place += len(spellings[token])
-    return tokens
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary()))
+    return tokenizer

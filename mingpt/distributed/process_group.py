@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,18 +17,52 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class MainProcessError(RuntimeError):
-    """What the other processes raise when the main one has failed; it says why."""
+class OtherProcessError(RuntimeError):
+    """What a process raises when another one has failed; it says which and why."""
 
 
 def init_process_group() -> None:
-    """Join the job's other processes where torchrun started this one; a second call does nothing."""
+    """Join the job's other processes where torchrun started this one; a second call does nothing.
+
+    Each process takes one GPU of its machine, in turn where there are fewer GPUs than processes. The environment
+    variable MINGPT_TIMEOUT_S says for how many seconds a process waits for the others, 1,800 by default.
+    """
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    if gpus := _gpus():
+        torch.cuda.set_device(torch.device(gpus[0]))
+    has_own_gpu = len(gpus) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL refuses two processes on one GPU
+    timeout = timedelta(seconds=float(os.environ.get("MINGPT_TIMEOUT_S", "1800")))
+    dist.init_process_group("cuda:nccl,cpu:gloo" if has_own_gpu else "gloo", timeout=timeout)
     atexit.register(dist.destroy_process_group)
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Say where this process computes; joins the process group first, so that nothing is moved before.
+
+    Args:
+        device: "auto" for this process's GPU where there is one and the CPU otherwise, or a device of torch; "cuda" is
+            this process's GPU.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
+    """
+    init_process_group()
+    gpus = _gpus()
+    available = ["cpu", *sorted(gpus), *(["mps", "mps:0"] if torch.backends.mps.is_available() else [])]
+    name = str(device)
+    if name == "auto" or (name == "cuda" and gpus):
+        name = gpus[0] if gpus else "cpu"
+    if name not in available:
+        raise ValueError(f'there is no device {name!r}; this machine has {", ".join(available)}; or give "auto"')
+    return torch.device(name)
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine, from this process's own one on."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    return [f"cuda:{(own + i) % n_gpus}" for i in range(n_gpus)]
 
 
 def rank() -> int:
@@ -48,7 +83,7 @@ def is_main() -> bool:
 
 
 def run_on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main process only, and have all processes return what it returned.
+    """Call a function on the main process only, and return its result on all processes.
 
     All processes must get here; those that are not the main one wait.
 
@@ -56,23 +91,13 @@ def run_on_main(function: Callable[[], T]) -> T:
         function: of no arguments; its result must be picklable where there are several processes.
 
     Raises:
-        MainProcessError: on the other processes, with the text of what the function raised on the main one.
+        OtherProcessError: on the other processes, with the text of what the function raised on the main one.
     """
-    if world_size() == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    error: Exception | None = None
-    if is_main():
-        try:
-            outcome[0] = function()
-        except Exception as raised:
-            error, outcome[1] = raised, f"{type(raised).__name__}: {raised}"
-    dist.broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        raise MainProcessError(f"the main process failed: {outcome[1]}")
-    return outcome[0]
+    outcome, error = _attempt(function) if is_main() else ((None, None), None)
+    outcomes = [outcome]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcomes)
+    return _results(outcomes, error)[0]
 
 
 def all_gather(value: T) -> list[T]:
@@ -88,18 +113,42 @@ def map_over_ranks(jobs: Mapping[Any, Callable[[], T]]) -> dict[Any, T]:
     """Do jobs, each process its share of them, and give all processes all results in the order of the jobs.
 
     All processes must get here, with the same jobs; a job must not wait for another process.
+
+    Raises:
+        OtherProcessError: on all processes but the one whose job failed, with the text of what it raised there.
     """
     from tqdm import tqdm
 
-    own = list(jobs)[rank() :: world_size()]
-    hidden = None if is_main() else True
-    parts = all_gather({name: jobs[name]() for name in tqdm(own, disable=hidden, unit="job")})
-    results = {name: result for part in parts for name, result in part.items()}
+    own = tqdm(list(jobs)[rank() :: world_size()], disable=None if is_main() else True, unit="job")
+    outcome, error = _attempt(lambda: {name: jobs[name]() for name in own})
+    results = {name: result for part in _results(all_gather(outcome), error) for name, result in part.items()}
     return {name: results[name] for name in jobs}
 
 
+Outcome = tuple[Any, str | None]
+"""What a function returned, or the text of what it raised."""
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Outcome, Exception | None]:
+    """Call a function, and keep what it raised until the processes have met."""
+    try:
+        return (function(), None), None
+    except Exception as error:
+        return (None, f"{type(error).__name__}: {error}"), error
+
+
+def _results(outcomes: Sequence[Outcome], own_error: Exception | None) -> list[Any]:
+    """What the processes' functions returned; raises what this one raised, or says what another one did."""
+    if own_error is not None:
+        raise own_error
+    for number, (_, text) in enumerate(outcomes):
+        if text is not None:
+            raise OtherProcessError(f"process {number} failed: {text}")
+    return [result for result, _ in outcomes]
+
+
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Have every process's tensors hold what the main one's do."""
+    """Copy the main process's values into every process's tensors, in place. All processes must get here."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)

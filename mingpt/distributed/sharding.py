@@ -1,26 +1,28 @@
-"""Tensors that are split over processes: whole ones of them, and tensor parallelism by rules.
+"""Tensors that are split over processes: their full values, and tensor parallelism by rules.
 
 Tensor parallelism splits the parameters whose names match over the processes of a mesh. A module that owns one computes
-its part and gathers its output, so everything around it sees whole, ordinary tensors: attention, caches and sampling do
+its shard and gathers its output, so everything around it sees full, ordinary tensors: attention, caches and sampling do
 not know. Such a module is one that computes with its own parameters in ``forward``, as Linear, Embedding and LayerNorm.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from mingpt.distributed.process_group import world_size
+from mingpt.utils import match_rules
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Rules = Sequence[tuple[str, Any]]
+    from mingpt.model import GPT
+
+Rules = Sequence[tuple[str, Placement]]
 """(regular expression, placement) pairs: the first whose expression is found in a parameter's name holds for it."""
 
 
@@ -31,7 +33,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distribute_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which all processes have, split as ``other`` is; itself where that is whole."""
+    """A full tensor, which all processes have, split as ``other`` is; itself where that is not split."""
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
@@ -48,12 +50,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
     Raises:
         ValueError: for a rule that no parameter matches.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"no parameter's name matches the rule {pattern!r}; names are like {names[0]}, {names[-1]}"
-            )
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    rule_of = match_rules((pattern for pattern, _ in rules), names, "parameter")
 
     def to_mesh(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
@@ -61,25 +59,22 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
             for each in inputs
         )
 
-    def gathered(_: nn.Module, __: Any, output: DTensor) -> torch.Tensor:
+    def gather(_: nn.Module, __: Any, output: DTensor) -> torch.Tensor:
         return output.full_tensor()
 
     for owner, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        placements = {
-            name: next((place for pattern, place in rules if re.search(pattern, f"{owner}.{name}".lstrip("."))), None)
-            for name in own
-        }
-        if not any(placements.values()) or any(isinstance(each, DTensor) for each in own.values()):
+        own = dict(module.named_parameters(prefix=owner, recurse=False))
+        if own.keys().isdisjoint(rule_of) or any(isinstance(parameter, DTensor) for parameter in own.values()):
             continue
         for name, parameter in own.items():
-            split = distribute_tensor(parameter.detach(), mesh, [placements[name] or Replicate()])
-            module.register_parameter(name, nn.Parameter(split, requires_grad=False))
+            placement = rules[rule_of[name]][1] if name in rule_of else Replicate()
+            split = distribute_tensor(parameter.detach(), mesh, [placement])
+            module.register_parameter(name.rpartition(".")[2], nn.Parameter(split, requires_grad=False))
         module.register_forward_pre_hook(to_mesh)
-        module.register_forward_hook(gathered)
+        module.register_forward_hook(gather)
 
 
-def fully_shard(model: Any, device_type: str) -> None:
+def fully_shard(model: GPT, device_type: str) -> None:
     """Split every parameter of a GPT over all processes, block by block, for training (FSDP2); once is enough."""
     if isinstance(next(model.parameters()), DTensor):
         return

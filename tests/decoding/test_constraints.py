@@ -12,7 +12,17 @@ import pytest
 import torch
 from properties import check_processor_laws
 from reference import random_model
-from test_automata import EXPRESSIONS, LANGUAGES, LETTERS, all_strings, as_ours, is_balanced, is_expression, matches
+from test_automata import (
+    EXPRESSIONS,
+    LANGUAGES,
+    LETTERS,
+    all_strings,
+    as_ours,
+    expressions,
+    is_balanced,
+    is_expression,
+    matches,
+)
 
 from mingpt.decoding.automata import DFA, PDA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, PushdownConstraint, RegularConstraint
@@ -95,7 +105,7 @@ TEN_LANGUAGES = {
         lambda row: is_balanced(row, [(0, 1), (2, 3), (4, 5)]),
     ),
     "shallow": (PDA.balanced([(0, 9)], 10, depth=2), lambda row: is_balanced(row, [(0, 9)]) and row[:3] != (0, 0, 0)),
-    "expressions": (PDA.expressions([0, 4, 5, 6], [1, 7], (2, 3), 10), lambda row: is_ten_expression(row)),
+    "expressions": (expressions([0, 4, 5, 6], [1, 7], (2, 3), 10), lambda row: is_ten_expression(row)),
 }
 
 
@@ -154,6 +164,32 @@ def test_permutations_and_sorted_rows():
         assert torch.equal(are_allowed(monotone, strings), expected)
 
 
+def test_a_permutation_is_of_the_content_without_placeholders():
+    """With a prefix of three positions, its placeholders are no tokens that could be used; without one they are."""
+    prompts = torch.cat([torch.zeros(6, 3, dtype=torch.int64), random_prompts(6, n_tokens=4) % (V - 1) + 1], dim=1)
+    prefix = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
+    model, permutation = random_model(block_size=20), MultisetConstraint()
+    tokens = generate(model, prompts, 4, logits_processors=[permutation], prefixes=prefix)
+    assert torch.equal(tokens[:, 7:].sort(dim=1).values, prompts[:, 3:].sort(dim=1).values)
+    with pytest.raises(ValueError, match="5 tokens cannot be a permutation of a prompt of 4, placeholders aside"):
+        generate(model, prompts, 5, logits_processors=[permutation], prefixes=prefix)
+    padded = generate(model, prompts, 7, logits_processors=[permutation])  # without a prefix padding is content
+    assert torch.equal(padded[:, 7:].sort(dim=1).values, prompts.sort(dim=1).values)
+
+
+def test_a_monotone_row_may_begin_anywhere():
+    """Neither the prompt nor placeholders bound the first token."""
+    prompts = torch.tensor([[0, 0, 5], [0, 0, 9]])
+    for n_placeholders in (0, 2):
+        _, allowed = MonotoneConstraint().allowed({}, Context(prompts, 3, 2, V, n_placeholders=n_placeholders))
+        assert allowed.all()
+
+
+def test_nothing_to_generate_is_a_permutation_of_nothing():
+    state = MultisetConstraint().init(Context(random_prompts(2), T, 0, V))
+    assert not state["counts"].any()
+
+
 def constraints(n_new=N_NEW):
     """Constraints over V tokens whose languages have members of 6 tokens, and how to check one."""
     ends = DFA.from_regex("1* (2|3) (4 5)*", V).ended_by(0)
@@ -165,7 +201,7 @@ def constraints(n_new=N_NEW):
             lambda rows, _: all(is_balanced(row, [(1, 2), (3, 4)]) for row in rows.tolist()),
         ),
         "shallow": (PushdownConstraint(PDA.balanced([(1, 2), (3, 4)], V, depth=2)), None),
-        "arithmetic": (PushdownConstraint(PDA.expressions([1, 2, 3, 9], [4, 5], (6, 7), V)), None),
+        "arithmetic": (PushdownConstraint(expressions([1, 2, 3, 9], [4, 5], (6, 7), V)), None),
         "permutation": (
             MultisetConstraint(),
             lambda rows, given: torch.equal(rows.sort(dim=1).values, given.sort(dim=1).values),
@@ -206,7 +242,7 @@ def test_ten_thousand_samples_are_in_the_language(name):
 def test_a_constraint_holds_in_every_way_of_decoding(name, form):
     n_new, constraint = LENGTH[name], constraints()[name][0]
     model, prompts = random_model(block_size=T + n_new), random_prompts(6)
-    values = torch.randn(6, 2, 4, 24, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(6, 2, 2, 24, generator=torch.Generator().manual_seed(0))
     options = {
         "prefix": {"prefixes": values[0]},
         "prefix a row": {"prefixes": Prefix("activation", values[:3], torch.tensor([0, 2, 1, 1, 0, 2]))},

@@ -102,5 +102,15 @@ def test_what_makes_no_sense_is_refused():
         GrammarConstraint.from_lark("start: foo", tokenizer)
     with pytest.raises(ValueError, match="the grammar cannot go on"):
         GrammarConstraint.from_regex("(1", tokenizer)
-    with pytest.raises(ValueError, match=f"has {V} tokens, the model has 5"):
+    with pytest.raises(ValueError, match=f"has {V} tokens, the model 5"):
         GrammarConstraint.from_regex("1", tokenizer).init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, 3, 5))
+    for end_token in (-1, V):
+        with pytest.raises(ValueError, match=f"there is no token {end_token} to end with; they go from 0 to 10"):
+            tokenizer_of(SPELLINGS, end_token)
+
+
+def test_text_is_split_into_the_longest_tokens():
+    tokenizer = tokenizer_of(SPELLINGS, END)
+    assert tokenizer.tokenize_str("12+(3*412)") == [9, 5, 7, 3, 6, 4, 9, 8]
+    assert tokenizer.tokenize_str("1") == [1]
+    assert END not in tokenizer.tokenize_str("1end")

@@ -12,7 +12,7 @@ import torch
 from distributed_script import run_job
 
 from mingpt import distributed
-from mingpt.distributed.process_group import sharding
+from mingpt.distributed import process_group, sharding
 from mingpt.experiments.pipeline import build_model
 from mingpt.experiments.reproduction import get_default_config
 
@@ -28,9 +28,102 @@ def test_a_program_that_torchrun_did_not_start_is_a_job_of_one():
     assert list(distributed.map_over_ranks({"b": lambda: 2, "a": lambda: 1})) == ["b", "a"]
     tensor = torch.ones(2)
     assert distributed.all_reduce_sum(tensor) is tensor
-    assert sharding.whole(tensor).tolist() == sharding.distribute_like(tensor, torch.zeros(2)).tolist() == [1, 1]
+    assert sharding.full_tensor(tensor).tolist() == sharding.distribute_like(tensor, torch.zeros(2)).tolist() == [1, 1]
     with pytest.raises(KeyError, match="x"):
         distributed.run_on_main(lambda: {}["x"])
+
+
+@pytest.mark.parametrize(("who", "n_processes"), [(0, 2), (1, 2), (1, 3)])
+@pytest.mark.parametrize("function", ["run_on_main", "map_over_ranks"])
+def test_an_error_on_one_process_is_raised_on_all(tmp_path, function, who, n_processes):
+    """Each process catches what it gets, meets the others once more, and goes on."""
+    expected = []
+    for process in range(n_processes):
+        fails = who == process
+        if function == "run_on_main" and who:  # nobody else's function is called
+            expected.append([None, ["fine"] * n_processes])
+            continue
+        text = "ValueError: no digit" if fails else f"OtherProcessError: process {who} failed: ValueError: no digit"
+        expected.append([text, ["fine"] * n_processes])
+    assert run_job("catch_errors", n_processes, tmp_path, function=function, who=who) == expected
+
+
+def test_a_failed_job_of_one_process_raises_its_own_error():
+    with pytest.raises(KeyError, match="x"):
+        distributed.map_over_ranks({"a": lambda: 1, "b": lambda: {}["x"]})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with any number of GPUs, as torchrun's processes of number ``local_rank`` see it."""
+
+    def make(n_gpus, local_rank=None, n_local=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.append(str(device)))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(process_group.dist, "init_process_group", lambda kind, timeout: joined.append(kind))
+        monkeypatch.setattr(process_group.atexit, "register", lambda _: None)
+        if local_rank is not None:
+            settings = {"RANK": 5, "WORLD_SIZE": 8, "MASTER_ADDR": "here", "LOCAL_RANK": local_rank}
+            for name, value in {**settings, "LOCAL_WORLD_SIZE": n_local}.items():
+                monkeypatch.setenv(name, str(value))
+        return joined
+
+    joined = []
+    return make
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "local_rank", "device", "expected"),
+    [
+        (0, None, "auto", "cpu"),
+        (0, 1, "auto", "cpu"),
+        (1, None, "auto", "cuda:0"),
+        (1, 1, "auto", "cuda:0"),
+        (2, 1, "auto", "cuda:1"),
+        (2, 5, "cuda", "cuda:1"),
+        (2, 1, "cuda:0", "cuda:0"),
+        (2, 1, torch.device("cuda"), "cuda:1"),
+        (2, 1, "cpu", "cpu"),
+        (0, None, torch.device("cpu"), "cpu"),
+    ],
+)
+def test_one_function_says_the_device(machine, n_gpus, local_rank, device, expected):
+    joined = machine(n_gpus, local_rank)
+    assert distributed.resolve_device(device) == torch.device(expected)
+    assert bool(joined) == (local_rank is not None)  # the process group comes first
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "device", "has"),
+    [
+        (0, "cuda", "cpu"),
+        (0, torch.device("cuda", 0), "cpu"),
+        (2, "cuda:2", "cpu, cuda:0, cuda:1"),
+        (1, "gpu", "cpu, cuda:0"),
+    ],
+)
+def test_a_device_that_the_machine_lacks_is_refused(machine, n_gpus, device, has):
+    machine(n_gpus)
+    with pytest.raises(ValueError, match=f"there is no device '{device}'; this machine has {has}; or give \"auto\""):
+        distributed.resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "local_rank", "n_local", "expected"),
+    [
+        (0, 1, 2, ["gloo"]),
+        (2, 1, 2, ["cuda:1", "cuda:nccl,cpu:gloo"]),
+        (1, 1, 2, ["cuda:0", "gloo"]),
+        (4, 6, 8, ["cuda:2", "gloo"]),
+    ],
+)
+def test_processes_take_the_gpus_in_turn(machine, n_gpus, local_rank, n_local, expected):
+    """Two processes on one GPU cannot use NCCL."""
+    joined = machine(n_gpus, local_rank, n_local)
+    distributed.init_process_group()
+    assert joined == expected
 
 
 @pytest.mark.slow
