@@ -30,6 +30,14 @@ def init_process_group() -> None:
     atexit.register(dist.destroy_process_group)
 
 
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device that a setting means (a stand-in); joins the job's other processes first."""
+    init_process_group()
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
 def rank() -> int:
     """This process's number, from 0 on."""
     init_process_group()
