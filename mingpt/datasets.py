@@ -172,6 +172,14 @@ class CustomDataset(torch.utils.data.Dataset):
         """T, how many tokens the model reads: prefix places, input, and all of the solution but its last."""
         return self.prefix_padding + 2 * self.length - 1
 
+    def check_fits(self, vocab_size: int, block_size: int) -> None:
+        """Raise a ValueError if a model of these sizes cannot read the examples (a stand-in)."""
+        if vocab_size < self.get_vocab_size() or block_size < self.get_block_size():
+            raise ValueError(
+                f"the model has vocab_size = {vocab_size} and block_size = {block_size}, the data needs "
+                f"{self.get_vocab_size()} and {self.get_block_size()}"
+            )
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the data: enough to build the dataset again with ``from_description``."""
         return {

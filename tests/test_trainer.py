@@ -357,15 +357,6 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_checkpoint_every_without_a_path_is_refused_before_training():
-    calls = []
-    trainer = Trainer(new_config(checkpoint_every=2), new_model(), new_dataset())
-    trainer.add_callback("on_batch_end", calls.append)
-    with pytest.raises(ValueError, match="checkpoint_path"):
-        trainer.run()
-    assert not calls
-
-
 @pytest.mark.parametrize("tail", ['{"iter": 7', '{"iter": 7, "loss": 1.0}', "\n", ""])
 def test_metrics_of_a_killed_run_are_mended(tmp_path, tail):
     """Whatever a kill leaves after the last checkpoint's line goes, and no line is glued to another."""
@@ -991,7 +982,7 @@ def build_wrong(case):
     elif case == "several for one":
         prefix, match = Prefix("activation", joint), "3 prefixes for 1 datasets"
     elif case == "no datasets":
-        prefix, datasets, match = joint, [], "3 prefixes for 0 datasets"
+        prefix, datasets, match = joint, [], "one length and one prefix_padding, got none"
     elif case == "no axis of K":
         datasets, match = [new_dataset()], r"\(K, L, P, C\)"
     elif case == "non-leaf":

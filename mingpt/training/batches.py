@@ -1,12 +1,13 @@
-"""Which examples make each batch of a training run, and which of them are each process's.
+"""Which examples make each batch of a training run, and which of them each process has.
 
 Legend: K datasets.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,65 +15,94 @@ from torch import Tensor
 from mingpt.datasets import CustomDataset
 
 Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, with the examples along the first axis."""
+
+Shard = tuple[int, int]
+"""A process's rank and the world size: which share of each batch is its own."""
+
 Indices = TypeVar("Indices", range, list[int])
 
 
-Shard = tuple[int, int]
-"""A process's number, and how many there are: which part of a batch is its own."""
+class MapDataset(Protocol):
+    """What a Trainer needs of a dataset: numbered pairs of tensors (x, y), of one shape each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Batch: ...
 
 
-class IndexBatches:
-    """For each iteration from ``start`` on, the indices of its examples: a function of the iteration's number only.
+class BatchedDataset(Protocol):
+    """A dataset that builds a batch at once and has an example for every index from 0 on, as CustomDataset."""
 
-    Several processes share out the same examples that one would have.
+    def batch(self, indices: Any, /) -> Batch: ...
+
+
+def is_batched(dataset: object) -> TypeGuard[BatchedDataset]:
+    """Whether a dataset has a method ``batch``; an attribute of that name, such as a batch size, is none."""
+    return callable(getattr(dataset, "batch", None))
+
+
+def index_batches(
+    n_examples: int | None, batch_size: int, start: int, seed: int, shard: Shard
+) -> Iterator[range | list[int]]:
+    """Yield the indices of each batch, without end. A batch depends on its iteration's number only.
+
+    Args:
+        n_examples: they are drawn with replacement; None numbers them without end, and each is used once.
+        batch_size: of all processes together.
+        start: the first iteration's number.
+        seed: of the draws.
+        shard: the process whose share is wanted. Together the processes have the batch that one would have alone.
     """
-
-    def __init__(self, dataset: Any, batch_size: int, start: int, seed: int, part: Shard = (0, 1)):
-        self.n_examples = None if hasattr(dataset, "batch") else len(dataset)
-        self.batch_size, self.start, self.seed, self.part = batch_size, start, seed, part
-
-    def __iter__(self) -> Iterator[Any]:
-        iteration = self.start
-        while True:
-            if self.n_examples is None:
-                yield shard_indices(range(iteration * self.batch_size, (iteration + 1) * self.batch_size), self.part)
-            else:
-                generator = torch.Generator().manual_seed((self.seed + iteration) % 2**63)
-                everyones = torch.randint(self.n_examples, (self.batch_size,), generator=generator).tolist()
-                yield shard_indices(everyones, self.part)
-            iteration += 1
+    for iteration in itertools.count(start):
+        if n_examples is None:
+            yield shard_indices(range(iteration * batch_size, (iteration + 1) * batch_size), shard)
+        else:
+            generator = torch.Generator().manual_seed((seed + iteration) % 2**63)
+            yield shard_indices(torch.randint(n_examples, (batch_size,), generator=generator).tolist(), shard)
 
 
-def shard_indices(indices: Indices, part: Shard) -> Indices:
-    """A process's part of a batch's indices: consecutive ones, as many as the others have, or one more or less."""
-    number, n_parts = part
-    return indices[len(indices) * number // n_parts : len(indices) * (number + 1) // n_parts]
+def shard_indices(indices: Indices, shard: Shard) -> Indices:
+    """A process's share of a batch's indices: consecutive ones. Shares differ in size by one at most."""
+    rank, world_size = shard
+    return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
 
 
 class JointDataset:
-    """The same examples of each of K datasets, grouped by dataset: n indices are K * n examples.
+    """K datasets whose examples share batches, grouped by dataset."""
 
-    The indices are those of a whole batch and follow one another; a process's part is taken of each dataset. Where only
-    some of the datasets are ``chosen``, they share the examples of the others; so that none is repeated, ``is_shared``
-    numbers them with enough room between two batches.
-    """
+    def __init__(self, datasets: Sequence[CustomDataset]):
+        """Join ``datasets``, at least one.
 
-    def __init__(self, datasets: Sequence[CustomDataset], is_shared: bool, part: Shard = (0, 1)):
-        self.datasets, self.chosen, self.part = datasets, list(range(len(datasets))), part
-        self.stride = len(datasets) if is_shared else 1
+        Raises:
+            TypeError: for anything but CustomDatasets.
+            ValueError: if their lengths or prefix_paddings differ: a plain mean of the loss would favour the longer.
+        """
+        for dataset in datasets:
+            if not isinstance(dataset, CustomDataset):
+                raise TypeError(f"datasets that share batches must be CustomDatasets, got a {type(dataset).__name__}")
+        sizes = sorted({(dataset.length, dataset.prefix_padding) for dataset in datasets})
+        if len(sizes) != 1:
+            found = (
+                " and ".join(f"length = {length}, prefix_padding = {padding}" for length, padding in sizes) or "none"
+            )
+            raise ValueError(f"datasets that share batches need one length and one prefix_padding, got {found}")
+        self.datasets = tuple(datasets)
+        ((self.length, self.prefix_padding),) = sizes
 
-    def n_rows(self, batch_size: int) -> int:
-        """How many examples a chosen dataset has in a batch."""
-        return batch_size * len(self.datasets) // len(self.chosen)
+    def check_fits(self, vocab_size: int, block_size: int) -> None:
+        """Check that each dataset fits a model, as ``CustomDataset.check_fits`` does."""
+        for dataset in self.datasets:
+            dataset.check_fits(vocab_size, block_size)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        first = indices[0] * self.stride
-        own = shard_indices(range(first, first + self.n_rows(len(indices))), self.part)
-        batches = [self.datasets[number].batch(own) for number in self.chosen]
+    def batch(self, parts: Sequence[tuple[int, Sequence[int]]]) -> Batch:
+        """Build a batch: for each part, a dataset's number and the indices of its examples."""
+        batches = [self.datasets[number].batch(indices) for number, indices in parts]
         return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        return list(zip(*self.batch(indices), strict=True))
+    def __getitems__(self, parts: Sequence[tuple[int, Sequence[int]]]) -> list[Batch]:
+        return list(zip(*self.batch(parts), strict=True))
 
     def describe(self) -> list[dict[str, Any]]:
+        """Each dataset's description."""
         return [dataset.describe() for dataset in self.datasets]

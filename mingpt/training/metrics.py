@@ -1,82 +1,90 @@
-"""What is to be seen of a training run while it goes: a progress bar, a file of metrics, TensorBoard's events."""
+"""A training run's metrics while it goes: a progress bar, a JSON-lines file, TensorBoard events."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import math
 from pathlib import Path
-from typing import Any
+from typing import TextIO
+
+from torch import Tensor
 
 from mingpt import distributed
 from mingpt.storage import checkpoint
+from mingpt.utils import CfgNode
 
 RUNTIME_KEYS = {
     *("device", "num_workers", "parallel", "checkpoint_path", "checkpoint_every"),
     *("metrics_path", "tensorboard_path", "log_every", "progress"),
 }
-"""Configuration keys that say where a run is and how it is watched; they may change between the parts of one run."""
+"""Configuration keys that say where a run is and how it is logged; a run that is resumed may change them."""
 
 
-@contextlib.contextmanager
-def watch(trainer: Any) -> Iterator[Callable[[], None]]:
-    """Open the progress bar and the metrics file of a Trainer; yields what to call after each iteration."""
-    from tqdm import tqdm
+class MetricsLogger:
+    """Logs a training run, on the main process only; a context manager, which closes its files."""
 
-    config = trainer.config
-    if not distributed.is_main():
-        yield lambda: None
-        return
-    bar = tqdm(
-        total=config.max_iters,
-        initial=trainer.iter_num,
-        disable=None if config.progress == "auto" else not config.progress,
-        unit="it",
-        dynamic_ncols=True,
-    )
-    writer = _tensorboard_writer(config.tensorboard_path)
-    with contextlib.ExitStack() as stack:
-        stack.callback(bar.close)
-        if writer is not None:
-            stack.callback(writer.close)
-        file = (
-            stack.enter_context(_open_metrics(config.metrics_path, trainer.iter_num)) if config.metrics_path else None
-        )
+    def __init__(self, config: CfgNode, iter_num: int):
+        """Open what the configuration asks for.
 
-        def report() -> None:
-            bar.update()
-            if trainer.iter_num % config.log_every and trainer.iter_num != config.max_iters:
-                return
-            loss = trainer.loss.item()
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            rate = trainer.optimizer.param_groups[-1]["lr"]
-            if file is not None:
-                line = {"iter": trainer.iter_num, "loss": loss, "learning_rate": rate, "iter_dt": trainer.iter_dt}
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-            if writer is not None:
-                writer.add_scalar("loss", loss, trainer.iter_num)
-                writer.add_scalar("learning_rate", rate, trainer.iter_num)
+        Args:
+            config: see ``Trainer.get_default_config``; has metrics_path, tensorboard_path, log_every, progress and
+                max_iters.
+            iter_num: how many iterations were done before. Lines of the file that come after them are dropped.
+        """
+        from tqdm import tqdm
 
-        yield report
+        self.config, self._file, self._writer, self._bar = config, None, None, None
+        if not distributed.is_main():
+            return
+        if config.metrics_path:
+            self._file = _open_metrics(Path(config.metrics_path), iter_num)
+        if config.tensorboard_path:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(config.tensorboard_path))
+        is_hidden = None if config.progress == "auto" else not config.progress
+        self._bar = tqdm(total=config.max_iters, initial=iter_num, disable=is_hidden, unit="it", dynamic_ncols=True)
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._bar, self._writer, self._file):
+            if each is not None:
+                each.close()
+
+    def log_step(self, iter_num: int, loss: Tensor, learning_rate: float, iter_dt: float) -> None:
+        """Log an iteration: the bar moves at each, the rest is written every ``log_every`` and at ``max_iters``.
+
+        Args:
+            iter_num: its number, from 1 on.
+            loss: a scalar, in nats for a language model. One that is not finite is null in the file.
+            learning_rate: the one it used.
+            iter_dt: seconds it took.
+        """
+        if self._bar is None:
+            return
+        self._bar.update()
+        if iter_num % self.config.log_every and iter_num != self.config.max_iters:
+            return
+        value = loss.item()
+        self._bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+        if self._file is not None:
+            line = {"iter": iter_num, "loss": value if math.isfinite(value) else None}
+            line |= {"learning_rate": learning_rate, "iter_dt": iter_dt}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._writer is not None:
+            self._writer.add_scalar("loss", value, iter_num)
+            self._writer.add_scalar("learning_rate", learning_rate, iter_num)
 
 
-@contextlib.contextmanager
-def _open_metrics(path: str | Path, iter_num: int) -> Iterator[Any]:
-    """Open a JSON-lines file to append to, without the lines of iterations that a resumed run is to do again."""
-    path = Path(path)
+def _open_metrics(path: Path, iter_num: int) -> TextIO:
+    """Open a JSON-lines file to append to, without the lines of iterations that a resumed run does again."""
     kept = []
     if iter_num and path.exists():
         with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
             kept.extend(line for line in path.read_text().splitlines(True) if json.loads(line)["iter"] <= iter_num)
     checkpoint.write_atomic(path, "".join(kept).encode())
-    with path.open("a") as file:
-        yield file
-
-
-def _tensorboard_writer(path: str | Path | None) -> Any:
-    if path is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path))
+    return path.open("a")

@@ -1,4 +1,8 @@
-"""In which floating-point format the matrix products are computed."""
+"""The floating-point format of a forward pass.
+
+Parameters, gradients and optimizer states are float32 in either. In bfloat16, matrix products are computed in it, and
+a GPT keeps its residual stream in it too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:
     """Turn "auto" into "bfloat16" where the hardware multiplies it natively, else into "float32".
+
+    Args:
+        precision: one of PRECISIONS.
+        device: whose hardware is asked; a CPU counts with AMX or AVX-512 instructions for bfloat16.
 
     Raises:
         ValueError: for an unknown name.
@@ -27,6 +35,14 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
 
 
 def autocast(precision: str, device: torch.device | str) -> torch.autocast:
-    """A context in which matrix products are computed in ``precision`` ("auto", "float32" or "bfloat16")."""
+    """A context whose forward passes are computed in ``precision``.
+
+    Args:
+        precision: "float32", "bfloat16" or "auto", see ``resolve_precision``.
+        device: where they are computed.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     is_bfloat16 = resolve_precision(precision, device) == "bfloat16"
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=is_bfloat16)
