@@ -1,13 +1,16 @@
 """The training loop: minGPT's behaviour, exact resumption, and prefixes trained together as if alone."""
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,17 +18,20 @@ import resume_script
 import torch
 from torch import nn
 
-from mingpt import tasks
+from mingpt import distributed, tasks
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization
+from mingpt.prefix import Prefix, Reparametrization, concatenate
 from mingpt.storage import checkpoint
 from mingpt.storage.checkpoint import CheckpointError
-from mingpt.trainer import PrefixTrainer, Trainer, batch_end_callback
+from mingpt.trainer import PrefixTrainer, Trainer, batch_end_callback, check_config
 from mingpt.utils import CfgNode, set_seed
 
 LENGTH, NUM_DIGITS, PADDING = 4, 6, 3
+TORTURE_SEED = int(os.environ.get("TORTURE_SEED", "0"))
+"""Decides when runs are killed. A failing test prints it; set another one to try other moments."""
+
 THREE_TASKS = (tasks.SortAscending(), tasks.InverseBinary(), tasks.Add1())
 
 
@@ -54,6 +60,20 @@ def new_config(**options):
     config.device, config.precision, config.max_iters, config.batch_size = "cpu", "float32", 5, 8
     config.merge_from_dict(options)
     return config
+
+
+class Stopped(Exception):
+    """What a callback of the tests stops a run with."""
+
+
+def raise_at(iteration, error=Stopped):
+    """A callback that raises at an iteration."""
+
+    def callback(trainer):
+        if trainer.iter_num == iteration:
+            raise error
+
+    return callback
 
 
 def bytes_of(module):
@@ -152,12 +172,11 @@ def check_same_result(folder, reference):
 @pytest.mark.parametrize("case", ["early", "middle", "late", "twice"])
 @pytest.mark.parametrize("kind", resume_script.KINDS)
 def test_a_killed_run_resumes_bit_identically(launcher, uninterrupted, tmp_path, kind, case):
-    """Killed at a random time after the first checkpoint, in a third of the run or in both halves of it."""
+    """Killed at a drawn time after the first checkpoint, in a third of the run or in both halves of it."""
     n_kills = 2 if case == "twice" else 1
     n_parts, part = (2, 0) if case == "twice" else (3, ["early", "middle", "late"].index(case))
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"kill seed {seed}")
-    rng = random.Random(seed)
+    print(f"TORTURE_SEED={TORTURE_SEED}")
+    rng = random.Random(f"{TORTURE_SEED} {kind} {case}")
     size = (resume_script.LAST_KILL - resume_script.CHECKPOINT_EVERY) // n_parts
     for number in range(n_kills):
         before = resume_script.CHECKPOINT_EVERY + part * size if number == 0 else 0
@@ -195,7 +214,8 @@ def trainer_with_checkpoint(folder, model=None, dataset=None, **options):
 
 def test_a_finished_run_does_nothing_more(tmp_path):
     metrics = str(tmp_path / "metrics.jsonl")
-    trainer_with_checkpoint(tmp_path, metrics_path=metrics, log_every=2).run()
+    first = trainer_with_checkpoint(tmp_path, metrics_path=metrics, log_every=2)
+    first.run()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model, calls = new_model(seed=1), []
     again = trainer_with_checkpoint(tmp_path, model, metrics_path=metrics, log_every=2)
@@ -203,6 +223,7 @@ def test_a_finished_run_does_nothing_more(tmp_path):
     again.run()
     assert not calls
     assert again.iter_num == 5
+    assert torch.equal(again.loss, first.loss)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     saved, _ = checkpoint.load_checkpoint(again.config.checkpoint_path)
     for name, tensor in model.state_dict().items():
@@ -215,6 +236,35 @@ def test_a_run_without_a_checkpoint_file_starts_from_the_beginning(tmp_path):
     trainer.add_callback("on_batch_end", lambda trainer: calls.append(trainer.iter_num))
     trainer.run()
     assert calls == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("max_iters, expected", [(4, [2, 4]), (5, [2, 4, 5])])
+def test_the_state_is_saved_once_at_an_iteration(tmp_path, monkeypatch, max_iters, expected):
+    saved = []
+    trainer = trainer_with_checkpoint(tmp_path, max_iters=max_iters)
+    monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.iter_num))
+    trainer.run()
+    assert saved == expected
+
+
+def test_buffers_are_resumed(tmp_path):
+    """A BatchNorm's running mean is no parameter, and training changes it."""
+
+    def train(stop):
+        set_seed(0)
+        model = Linear()
+        model.layers.append(nn.BatchNorm1d(2))
+        trainer = trainer_with_checkpoint(tmp_path / str(stop), model, Pairs())
+        if stop:
+            trainer.add_callback("on_batch_end", raise_at(3))
+            with pytest.raises(Stopped):
+                trainer.run()
+            trainer = trainer_with_checkpoint(tmp_path / str(stop), model, Pairs())
+            model.layers[-1].reset_running_stats()
+        trainer.run()
+        return bytes_of(model)
+
+    assert train(False) == train(True)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +388,17 @@ def test_a_prefix_checkpoint_of_another_kind_is_refused(tmp_path):
         other.run()
 
 
+def test_a_prefix_checkpoint_of_other_placeholders_is_refused(tmp_path):
+    """Two positions in the place of three tokens: the content's positions are others."""
+    config = new_config(checkpoint_path=str(tmp_path / "run.safetensors"))
+    one = Prefix("activation", torch.randn(1, 2, 2, 16, requires_grad=True))
+    PrefixTrainer(config, new_model(), new_dataset(), one).run()
+    other = concatenate([one], places=PADDING)
+    other = PrefixTrainer(config, new_model(), new_dataset(), replace(other, values=other.values.detach()))
+    with pytest.raises(CheckpointError, match=r"run\.safetensors.*n_placeholders"):
+        other.run()
+
+
 def test_a_prefix_checkpoint_for_other_weights_is_refused(tmp_path):
     """The frozen model is part of what a prefix is trained for, though not of its checkpoint."""
     config = new_config(checkpoint_path=str(tmp_path / "run.safetensors"))
@@ -345,6 +406,44 @@ def test_a_prefix_checkpoint_for_other_weights_is_refused(tmp_path):
     other = PrefixTrainer(config, new_model(seed=1), new_dataset(), new_prefix())
     with pytest.raises(CheckpointError, match=r"run\.safetensors.*model"):
         other.run()
+
+
+@pytest.mark.parametrize("other", [{"init": "random"}, {}, {"init": "padding", "model": [1, 2]}])
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_the_checkpoint_of_another_cache_key_is_refused(tmp_path, is_prefix, other):
+    """What a caller knows of a run, such as what a prefix was initialised with, is part of its state's identity."""
+
+    def trainer(cache_key):
+        own = trainer_with_checkpoint(tmp_path)
+        own = PrefixTrainer(own.config, own.model, own.train_dataset, new_prefix()) if is_prefix else own
+        own.cache_key = cache_key
+        return own
+
+    trainer({"init": "padding", "sizes": (1, 2)}).run()
+    with pytest.raises(CheckpointError, match=r"run\.safetensors.*(init|model|sizes)"):
+        trainer(other).run()
+    again = trainer({"init": "padding", "sizes": (1, 2)})  # a tuple here is a list in the file
+    again.add_callback("on_batch_end", raise_at(0))
+    again.run()
+
+
+def test_a_state_without_a_cache_key_is_refused(tmp_path):
+    checkpoint.save_checkpoint(tmp_path / "run.safetensors", {}, {"trainer": "Trainer", "state": {"iter_num": 3}})
+    with pytest.raises(CheckpointError, match=r"run\.safetensors"):
+        trainer_with_checkpoint(tmp_path).run()
+
+
+def test_a_frozen_model_is_hashed_once_a_run(tmp_path, monkeypatch):
+    hashed = []
+    checksum = checkpoint.checksum
+    monkeypatch.setattr(
+        checkpoint, "checksum", lambda tensors, *header: hashed.append(header) or checksum(tensors, *header)
+    )
+    config = new_config(checkpoint_path=str(tmp_path / "run.safetensors"), checkpoint_every=1)
+    trainer = PrefixTrainer(config, new_model(), new_dataset(), new_prefix())
+    trainer.run()
+    assert len([header for header in hashed if header]) == 5  # a file's own
+    assert len([header for header in hashed if not header]) == 1
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_stays(tmp_path):
@@ -357,22 +456,114 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(tmp_path):
     assert path.read_bytes() == before
 
 
+# ----------------------------------------------------------------------------------------------- configurations
+
+
+WRONG_VALUES = {
+    "device": ["gpu", None],
+    "num_workers": [-1, "2"],
+    "max_iters": [-1, 10.5, "10"],
+    "batch_size": [0, 8.0, "abc", True, None],
+    "learning_rate": ["1e-3x", -1.0, None, float("nan"), True],
+    "betas": [0.9, (0.9,), (0.9, 0.95, 0.99), ("0.9", 0.95), (0.9, 1.0), "(0.9, 0.95)"],
+    "weight_decay": [-0.1, "none"],
+    "grad_norm_clip": [-1, None],
+    "optimizer": ["adam", None],
+    "muon_learning_rate": ["fast"],
+    "muon_momentum": [1.5],
+    "lr_schedule": ["step"],
+    "warmup_iters": [-1, 0.5],
+    "decay_fraction": [1.1, "half"],
+    "converged_loss": [-1, None],
+    "precision": ["float16"],
+    "compile": ["false", None],
+    "parallel": ["tp"],
+    "checkpoint_path": [3],
+    "checkpoint_every": [0, "4"],
+    "metrics_path": [True],
+    "tensorboard_path": [[]],
+    "log_every": [0, None],
+    "progress": ["no"],
+}
+
+
+def test_every_key_has_wrong_values():
+    assert WRONG_VALUES.keys() == Trainer.get_default_config().to_dict().keys()
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in WRONG_VALUES.items() for value in values])
+def test_a_wrong_value_is_refused_before_anything_moves(tmp_path, monkeypatch, key, value):
+    monkeypatch.chdir(tmp_path)
+    model = new_model()
+    monkeypatch.setattr(model, "to", lambda device: pytest.fail("the model was moved"))
+    config = new_config(**({"checkpoint_path": "run.safetensors"} if key == "checkpoint_every" else {}) | {key: value})
+    with pytest.raises(ValueError, match=rf"^{key} must be .*, got {re.escape(repr(value))}$"):
+        Trainer(config, model, new_dataset())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"checkpoint_every": 2}, "checkpoint_every is set and checkpoint_path is not"),
+        ({"lr_schedule": "cosine", "max_iters": None}, "lr_schedule = 'cosine' needs max_iters"),
+        ({"parallel": "fsdp", "optimizer": "muon"}, "use adamw"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_values_that_contradict_each_other_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        check_config(new_config(**options))
+
+
+def test_each_mistake_has_a_line():
+    config = new_config(batch_size="abc", learning_rate=-1, optimizer="adam", checkpoint_every=2)
+    with pytest.raises(ValueError, match="batch_size") as raised:
+        check_config(config)
+    lines = str(raised.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["batch_size", "learning_rate", "optimizer", "checkpoint_every"]
+
+
+def test_right_values_pass(tmp_path):
+    check_config(Trainer.get_default_config())
+    check_config(new_config(device=torch.device("cpu"), max_iters=None, betas=[0, 0.5], learning_rate=1, compile=True))
+    check_config(new_config(device="cuda:1", progress=False, checkpoint_path=tmp_path, checkpoint_every=1))
+
+
+@pytest.mark.parametrize("n_datasets", [0, 1, 2])
+@pytest.mark.parametrize("size", ["vocab_size", "block_size"])
+def test_a_dataset_that_does_not_fit_the_model_is_refused(n_datasets, size):
+    """For a Trainer, and for a PrefixTrainer of a list of datasets."""
+    model = new_model(**{size: 8})
+    prefixes = torch.randn(n_datasets, 2, PADDING, 16, requires_grad=True)
+    arguments = ([new_dataset()] * n_datasets, prefixes) if n_datasets else (new_dataset(),)
+    with pytest.raises(ValueError, match=size):
+        (PrefixTrainer if n_datasets else Trainer)(new_config(), model, *arguments)
+
+
+def test_the_device_is_asked_for_before_the_model_moves(monkeypatch):
+    """It joins the other processes, which decides the GPU that the model goes to."""
+    steps, model = [], new_model()
+    resolve, to = distributed.resolve_device, model.to
+    monkeypatch.setattr(distributed, "resolve_device", lambda device: steps.append(device) or resolve(device))
+    monkeypatch.setattr(model, "to", lambda device: steps.append("moved") or to(device))
+    trainer = Trainer(new_config(), model, new_dataset())
+    assert steps == ["cpu", "moved"]
+    assert trainer.device == torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
 @pytest.mark.parametrize("tail", ['{"iter": 7', '{"iter": 7, "loss": 1.0}', "\n", ""])
 def test_metrics_of_a_killed_run_are_mended(tmp_path, tail):
     """Whatever a kill leaves after the last checkpoint's line goes, and no line is glued to another."""
     metrics = tmp_path / "metrics.jsonl"
     options = {"max_iters": 6, "log_every": 1, "metrics_path": str(metrics)}
 
-    class Killed(Exception):
-        pass
-
-    def kill(trainer):
-        if trainer.iter_num == 5:
-            raise Killed
-
     trainer = trainer_with_checkpoint(tmp_path, **options)
-    trainer.add_callback("on_batch_end", kill)
-    with pytest.raises(Killed):
+    trainer.add_callback("on_batch_end", raise_at(5))
+    with pytest.raises(Stopped):
         trainer.run()
     with metrics.open("a") as file:
         file.write(tail)
@@ -447,16 +638,9 @@ def test_max_iters_is_how_many_steps_there_are(max_iters):
 
 
 def test_without_max_iters_only_an_exception_stops():
-    class Enough(Exception):
-        pass
-
-    def stop(trainer):
-        if trainer.iter_num == 30:
-            raise Enough
-
     trainer = Trainer(new_config(max_iters=None), Linear(), Pairs())
-    trainer.add_callback("on_batch_end", stop)
-    with pytest.raises(Enough):
+    trainer.add_callback("on_batch_end", raise_at(30))
+    with pytest.raises(Stopped):
         trainer.run()
 
 
@@ -469,6 +653,19 @@ def test_any_module_learns_any_map_style_dataset(precision):
     trainer.run()
     assert trainer.loss.item() < (1e-3 if precision == "float32" else 1e-2)
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_an_attribute_named_batch_is_no_method(tmp_path):
+    """A dataset may keep its batch size under that name, and anything under ``describe``."""
+    data, same = Pairs(), Pairs()
+    data.batch, data.describe = 32, "pairs"
+    states = []
+    for dataset in (data, same):
+        set_seed(1)
+        model = Linear()
+        trainer_with_checkpoint(tmp_path / str(len(states)), model, dataset).run()
+        states.append(bytes_of(model))
+    assert states[0] == states[1]
 
 
 class Counter(nn.Module):
@@ -821,17 +1018,104 @@ def test_a_list_of_one_is_one():
     assert torch.equal(joint[0], single.detach())
 
 
-def test_datasets_of_different_lengths_are_refused_or_each_as_if_alone():
+def test_datasets_of_different_lengths_are_refused():
     """Rows of one length in tokens, but of different numbers of scored tokens: a plain mean would favour the longer."""
     datasets = [new_dataset(length=4, prefix_padding=3), new_dataset(length=3, prefix_padding=5)]
-    initial = torch.randn(2, 2, PADDING, 16)
-    try:
-        _, gradients = train_prefixes("activation", initial, datasets, n_iters=1, grad_norm_clip=1e9)
-    except ValueError:
-        return
-    for k in range(2):
-        _, own = train_prefixes("activation", initial[k : k + 1], datasets[k : k + 1], n_iters=1, grad_norm_clip=1e9)
-        torch.testing.assert_close(gradients[0, k], own[0, 0], rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="length = 3, prefix_padding = 5 and length = 4, prefix_padding = 3"):
+        PrefixTrainer(new_config(), new_model(), datasets, torch.randn(2, 2, PADDING, 16, requires_grad=True))
+
+
+def test_a_list_of_anything_but_custom_datasets_is_refused():
+    with pytest.raises(TypeError, match="CustomDatasets, got a Pairs"):
+        PrefixTrainer(new_config(), new_model(), [Pairs()], new_prefix()[None].detach())
+
+
+class CopyTrainer(PrefixTrainer):
+    """Trains a copy of the user's tensor, as if that were on another device."""
+
+    def _on_device(self, tensor):
+        return tensor.requires_grad_().detach().clone().requires_grad_()
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("error", [None, Stopped, KeyboardInterrupt])
+def test_a_prefix_on_another_device_is_trained_as_if_here(kind, error):
+    """The user's own tensor holds the result when a run ends, however it ends, and when callbacks look at it."""
+    initial = torch.randn(SHAPES[kind])
+    found = []
+    for trainer_class in (PrefixTrainer, CopyTrainer):
+        values, seen = initial.clone().requires_grad_(), []
+        datasets = [new_dataset(task) for task in THREE_TASKS]
+        trainer = trainer_class(new_config(), new_model(gain=8.0), datasets, Prefix(kind, values))
+        trainer.add_callback("on_batch_end", lambda _, seen=seen, values=values: seen.append(values.detach().clone()))
+        if error is not None:
+            trainer.add_callback("on_batch_end", raise_at(3, error))
+            with pytest.raises(error):
+                trainer.run()
+        else:
+            trainer.run()
+        assert trainer.prefixes is values
+        found.append(torch.stack([*seen, values.detach()]))
+    assert torch.equal(*found)
+    assert len({each.numpy().tobytes() for each in found[0]}) == (4 if error else 5)
+
+
+def test_a_copy_is_written_back_where_nothing_looks():
+    values = new_prefix()
+    before = values.detach().clone()
+    trainer = CopyTrainer(new_config(learning_rate=0.1), new_model(), new_dataset(), values)
+    trainer.run()
+    assert not torch.equal(values, before)
+    first = values.detach().clone()
+    with torch.no_grad():
+        values.copy_(before)
+    set_seed(0)
+    trainer.run()  # from what the tensor holds now
+    assert torch.equal(values, first)
+
+
+def test_a_copy_is_resumed_as_the_tensor_itself(tmp_path):
+    """A state of one is the other's: where a prefix is does not identify a run."""
+    initial, ends = torch.randn(2, PADDING, 16), []
+    for first, second in ((PrefixTrainer, PrefixTrainer), (CopyTrainer, PrefixTrainer), (PrefixTrainer, CopyTrainer)):
+        folder = tmp_path / f"{first.__name__}{second.__name__}"
+        for trainer_class in (first, second):
+            config = new_config(checkpoint_path=folder / "run.safetensors", checkpoint_every=2)
+            values = initial.clone().requires_grad_()
+            trainer = trainer_class(config, new_model(), new_dataset(), values)
+            trainer.describe = lambda trainer=trainer: PrefixTrainer.describe(trainer) | {"trainer": "PrefixTrainer"}
+            if trainer_class is first and not ends:
+                trainer.run()
+                continue
+            trainer.add_callback("on_batch_end", raise_at(3 if trainer_class is first else 5))
+            with contextlib.suppress(Stopped):
+                trainer.run()
+        ends.append(values.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_only_a_tensor_elsewhere_is_copied():
+    """The device without values is another device, too."""
+    prefix = new_prefix()
+    trainer = PrefixTrainer(new_config(), new_model(), new_dataset(), prefix)
+    assert trainer._on_device(prefix) is prefix
+    trainer.device = torch.device("meta")
+    copy = trainer._on_device(prefix)
+    assert (copy.device.type, copy.shape, copy.is_leaf, copy.requires_grad) == ("meta", prefix.shape, True, True)
+    assert prefix.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("prefix_device, device", [("cpu", "auto"), ("cuda", "cpu"), ("cuda", "auto")])
+def test_a_prefix_of_any_device_is_trained(prefix_device, device):
+    prefix = new_prefix(device=prefix_device)
+    before = prefix.detach().clone()
+    model = new_model()
+    PrefixTrainer(new_config(device=device), model, new_dataset(), prefix).run()
+    assert model.device.type == ("cuda" if device == "auto" else "cpu")
+    assert prefix.device.type == prefix_device
+    assert not torch.equal(prefix, before)
 
 
 @pytest.mark.parametrize("shape", [(2, PADDING, 16), (2, 2, PADDING, 16), (PADDING, 16)], ids=list(SHAPES))
@@ -986,15 +1270,15 @@ def build_wrong(case):
     elif case == "no axis of K":
         datasets, match = [new_dataset()], r"\(K, L, P, C\)"
     elif case == "non-leaf":
-        prefix, match = new_prefix() * 1, "leaf"
+        prefix, match = new_prefix() * 1, "is_leaf = False"
     elif case == "integers":
-        prefix, match = torch.zeros(2, PADDING, 16, dtype=torch.int64), "float"
+        prefix, match = torch.zeros(2, PADDING, 16, dtype=torch.int64), "got torch.int64"
     elif case == "layers":
         prefix, match = new_prefix(n_layer=3), "3 layers, the model has 2"
     elif case == "channels":
         prefix, match = new_prefix(n_embd=8), "8 channels, the model has 16"
     elif case == "elsewhere":
-        prefix, match = new_prefix(device="meta"), "meta"
+        prefix, match = new_prefix(device="meta"), "on meta"
     elif case == "five axes":
         prefix, match = torch.randn(1, 1, 2, PADDING, 16), "activation"
     else:

@@ -1,0 +1,69 @@
+"""The metrics file is JSON whatever the loss is, and a progress bar and TensorBoard show the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from mingpt import distributed
+from mingpt.trainer import Trainer
+from mingpt.training.metrics import MetricsLogger
+
+
+def new_config(tmp_path, **options):
+    config = Trainer.get_default_config()
+    config.merge_from_dict({"metrics_path": tmp_path / "folder" / "metrics.jsonl", "log_every": 2, "max_iters": 5})
+    config.merge_from_dict(options)
+    return config
+
+
+def log(config, losses, first=0):
+    with MetricsLogger(config, first) as logger:
+        for number, loss in enumerate(losses, first + 1):
+            logger.log_step(number, torch.tensor(loss), 0.5, 0.25)
+
+
+def read_strictly(path):
+    """Lines of JSON, which has no NaN and no Infinity."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_lines_come_every_few_iterations_and_at_the_end(tmp_path):
+    config = new_config(tmp_path)
+    log(config, [1.5, 2.5, 3.5, 4.5, 5.5])
+    expected = [{"iter": n, "loss": n + 0.5, "learning_rate": 0.5, "iter_dt": 0.25} for n in (2, 4, 5)]
+    assert read_strictly(config.metrics_path) == expected
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_null(tmp_path, loss):
+    config = new_config(tmp_path)
+    log(config, [1.0, loss, 1.0, 2.0])
+    assert [line["loss"] for line in read_strictly(config.metrics_path)] == [None, 2.0]
+
+
+def test_a_resumed_run_writes_its_lines_again(tmp_path):
+    config = new_config(tmp_path, log_every=1)
+    log(config, [1.0, 2.0, 3.0])
+    log(config, [7.0], first=2)
+    assert [line["loss"] for line in read_strictly(config.metrics_path)] == [1.0, 2.0, 7.0]
+    log(config, [9.0])
+    assert [line["loss"] for line in read_strictly(config.metrics_path)] == [9.0]
+
+
+def test_only_the_main_process_logs(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    config = new_config(tmp_path, progress=True)
+    log(config, [1.0] * 5)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_are_closed_after_an_exception(tmp_path):
+    config = new_config(tmp_path)
+    with pytest.raises(KeyboardInterrupt), MetricsLogger(config, 0) as logger:
+        raise KeyboardInterrupt
+    assert logger._file.closed
