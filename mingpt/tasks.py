@@ -146,7 +146,7 @@ class Task:
                 raise TypeError(f"{name}.__init__ takes {argument} and must keep it: self.{argument} = {argument}")
             value = getattr(self, argument)
             parameters[argument] = value = value.item() if isinstance(value, np.generic) else value
-            if parse_value(repr(value)) != value:
+            if repr(parse_value(repr(value))) != repr(value):
                 raise TypeError(f"{name} has {argument} = {value!r}; use numbers, text, or lists and tuples of them")
         return parameters
 
@@ -184,7 +184,10 @@ class Task:
         return repr(self).removesuffix("()")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.parameters.values()))})"
+        kinds = inspect.signature(type(self)).parameters
+        values = self.parameters.items()
+        arguments = (f"{k}={v!r}" if kinds[k].kind is kinds[k].KEYWORD_ONLY else repr(v) for k, v in values)
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Task):

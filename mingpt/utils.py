@@ -149,6 +149,7 @@ class CfgNode:
                 value = _of_type(value, default)
         except (TypeError, StopIteration):
             expected = f"one of {', '.join(map(str, choices))}" if choices else _type_name(default)
+            expected += " or none" if "none" in none_words else ""
             raise ValueError(f"configuration key {key!r} takes {expected}, got {value!r}") from None
         node.__dict__[leaf] = value
 
@@ -223,15 +224,16 @@ def _of_type(value: Any, default: Any) -> Any:
     """``value`` in the type of ``default``; a TypeError where that would lose something."""
     value = value.item() if isinstance(value, np.generic) else value
     match default, value:
-        case (None, _) | (bool(), bool()) | (str(), str()):
-            return value
-        case (list(), list() | tuple()):
-            return list(value)
         case (int() | float(), int() | float()) if not isinstance(default, bool) and not isinstance(value, bool):
             if isinstance(default, float) or value == value // 1:
                 return type(default)(value)
-        case (tuple(), list() | tuple()) if len(default) == len(value):
-            return tuple(map(_of_type, value, default))
+        case (tuple(), list() | tuple()):
+            if len(default) == len(value):
+                return tuple(map(_of_type, value, default))
+        case (list(), tuple()):
+            return list(value)
+        case _ if default is None or type(value) is type(default):
+            return value
     raise TypeError
 
 
