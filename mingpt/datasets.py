@@ -43,7 +43,7 @@ class CustomDataset(torch.utils.data.Dataset):
     with -1 (ignored) before the first token of the solution.
 
     The stream of rows has no end: any index from 0 on is valid, so that training need not repeat rows. ``len`` and
-    iteration count ``size`` of them, which is what an evaluation over the whole dataset sees.
+    iteration count ``size`` of them, what an evaluation over the full dataset sees.
     """
 
     def __init__(
@@ -119,12 +119,10 @@ class CustomDataset(torch.utils.data.Dataset):
             IndexError: for a negative index.
         """
         inputs, solutions = self.rows(indices)
-        n_silent = self.prefix_padding + self.length - 1
-        sequence = np.concatenate(
-            [np.zeros((len(inputs), self.prefix_padding), dtype=np.int64), inputs, solutions], axis=1
-        )
+        padding = np.zeros((len(inputs), self.prefix_padding), dtype=np.int64)
+        sequence = np.concatenate([padding, inputs, solutions], axis=1)
         y = sequence[:, 1:].copy()
-        y[:, :n_silent] = IGNORED
+        y[:, : self.prefix_padding + self.length - 1] = IGNORED
         return torch.from_numpy(sequence[:, :-1]).contiguous(), torch.from_numpy(y)
 
     def rows(self, indices: Sequence[int] | np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:

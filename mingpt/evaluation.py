@@ -258,9 +258,9 @@ class AccuracyMatrix:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
         """Undo ``to_dict``; what the scores were at each position is not kept."""
-        counts = zip(*(values.get(name, values["n_rows"]) for name in _COUNTS), strict=True)
-        scores = (tuple(Score(*each[:2], n_distinct=each[2]) for each in zip(*row, strict=True)) for row in counts)
-        return cls(tuple(values["prefixes"]), tuple(values["tasks"]), tuple(scores))
+        counts = np.array([values.get(name, values["n_rows"]) for name in _COUNTS]).transpose(1, 2, 0).tolist()
+        scores = tuple(tuple(Score(n, n_rows, (), n_distinct) for n, n_rows, n_distinct in row) for row in counts)
+        return cls(tuple(values["prefixes"]), tuple(values["tasks"]), scores)
 
     @property
     def accuracies(self) -> np.ndarray:
@@ -369,8 +369,8 @@ def bayes_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
     log_likelihood = np.full((len(dataset.tasks), n_rows), -np.inf)  # (K, N)
     agrees = np.zeros((len(dataset.tasks), *inputs.shape), dtype=bool)  # (K, N, L)
     for k, task in enumerate(dataset.tasks):
-        first, rest = values = task.input_values(dataset.num_digits)
-        low, high = np.array([(values.first if i == 0 else rest) for i in range(dataset.length)]).T
+        first, rest = task.input_values(dataset.num_digits)
+        low, high = np.array([first, *[rest] * (dataset.length - 1)]).T  # (L,) each
         is_possible = ((inputs >= low) & (inputs <= high)).all(axis=1)
         log_likelihood[k, is_possible] = -math.log(first.size) - (dataset.length - 1) * math.log(rest.size)
         agrees[k] = task.solve(inputs) == solutions

@@ -5,7 +5,7 @@ Legend: ... any batch axes, L the row's length. A row's "argument" is its first 
 A task says three things about itself: what it does to a row (``solve``), which rows it is posed on
 (``input_values``), and what it makes of a set of possible values (``output_values``). The last is an abstract
 interpretation over intervals: it gives a composition its vocabulary, and refuses a composition in which a later task
-would meet a row on which it has no meaning.
+would meet a row on which it is not defined.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
         return self.high - self.low + 1
 
     def with_zero(self) -> Interval:
-        """The smallest interval that has these values and 0."""
+        """The smallest interval of these values and 0."""
         return Interval(min(self.low, 0), max(self.high, 0))
 
 

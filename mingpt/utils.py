@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import os
 import random
 import sys
+import textwrap
 import warnings
 from ast import literal_eval
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,28 +104,21 @@ class CfgNode:
         return f"CfgNode({', '.join(f'{k}={v!r}' for k, v in self._items())})"
 
     def __str__(self) -> str:
-        return "".join(self._lines(0))
+        return "".join(
+            f"{key}:\n{textwrap.indent(str(value), '    ')}" if isinstance(value, CfgNode) else f"{key}: {value}\n"
+            for key, value in self._items()
+        )
 
     def _items(self) -> list[tuple[str, Any]]:
         return [(k, v) for k, v in self.__dict__.items() if k not in ("_defaults", "_choices")]
-
-    def _lines(self, indent: int) -> Iterator[str]:
-        for key, value in self._items():
-            if isinstance(value, CfgNode):
-                yield f"{'    ' * indent}{key}:\n"
-                yield from value._lines(indent + 1)
-            else:
-                yield f"{'    ' * indent}{key}: {value}\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries."""
         return {k: v.to_dict() if isinstance(v, CfgNode) else v for k, v in self._items()}
 
     def copy(self) -> CfgNode:
-        """Return a copy whose nested nodes are copies too; values are shared."""
-        node = CfgNode()
-        node.__dict__.update({k: v.copy() if isinstance(v, CfgNode) else v for k, v in self.__dict__.items()})
-        return node
+        """Return a copy whose nested nodes and values are copies too."""
+        return copy.deepcopy(self)
 
     def merge_from_dict(self, values: Mapping[str, Any]) -> None:
         """Set each key to its value, as assignment would."""

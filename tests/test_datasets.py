@@ -418,7 +418,7 @@ def test_half_of_the_rows_have_few_values_and_the_rest_look_uniform(split, lengt
     uniform = rows[~is_repeated]
     for left, right in itertools.combinations([0, 1, length // 2, length - 1], 2):
         cells = (uniform[:, left] - 1) // 125 * 8 + (uniform[:, right] - 1) // 125
-        assert chi_square(np.bincount(cells, minlength=64)) < 6, "two places of a row depend on each other"
+        assert chi_square(np.bincount(cells, minlength=64)) < 6, "two positions of a row depend on each other"
     following = (uniform[:-1, 0] - 1) // 125 * 8 + (uniform[1:, 0] - 1) // 125
     assert chi_square(np.bincount(following, minlength=64)) < 6, "a row depends on the one before"
 

@@ -418,7 +418,7 @@ def test_answers_can_begin_with_given_tokens(half_trained):
     assert np.array_equal(answers, expected)
 
 
-# ---------------------------------------------------------------------------------------------- the whole matrix
+# -------------------------------------------------------------------------------------------- the accuracy matrix
 
 
 MATRIX_TASKS = (SortAscending(), SortDescending(), Modulo(), InverseBinary(), Divisible(), Add1())  # 3 kinds of rows
@@ -436,7 +436,7 @@ def is_posed_alike(one, other):
 
 
 def make_matrix(datasets, n_rows=20, **options):
-    # The fake is asked tasks on rows that they have no meaning on, so it may not check.
+    # The fake is asked tasks on rows that they are not defined on, so it may not check.
     model = FakeModel(Unchecked(SortAscending()), tasks=[Unchecked(task) for task in MATRIX_TASKS])
     return accuracy_matrix(model, make_prefixes(), datasets, n_rows, **options), model
 
@@ -466,7 +466,7 @@ def test_each_cell_of_the_matrix_is_what_evaluate_gives():
             if name == str(MATRIX_TASKS[j]):
                 assert score.accuracy == 1
     assert len(np.unique(matrix.accuracies)) > 2
-    assert matrix.accuracies[0].tolist() == matrix.accuracies[1].tolist()  # "none" solves the first task
+    assert matrix.accuracies[0].tolist() == matrix.accuracies[1].tolist()  # "none" answers the first task
 
 
 def test_the_model_answers_once_for_each_prefix_and_different_rows():
@@ -560,10 +560,10 @@ def test_there_are_eleven_tasks_to_name():
 
 def as_batch(inputs, outputs, prefix_size):
     """Sequences of rows and outputs, as a dataset gives them."""
-    whole = torch.cat([torch.zeros(len(inputs), prefix_size, dtype=torch.int64), inputs, outputs], dim=1)
-    y = whole[:, 1:].clone()
+    tokens = torch.cat([torch.zeros(len(inputs), prefix_size, dtype=torch.int64), inputs, outputs], dim=1)
+    y = tokens[:, 1:].clone()
     y[:, : prefix_size + inputs.shape[1] - 1] = -1
-    return whole[:, :-1], y
+    return tokens[:, :-1], y
 
 
 def test_label_batch_of_what_no_task_does():

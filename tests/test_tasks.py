@@ -502,7 +502,7 @@ class ForgetsRowsWithoutMeaning(Task):
 
 
 @pytest.mark.parametrize(
-    ("task", "law"),
+    ("task", "message"),
     [
         (ChangesItsInput(), "changed its input"),
         (DeclaresTooLittle(), "declared"),
@@ -513,8 +513,8 @@ class ForgetsRowsWithoutMeaning(Task):
     ],
     ids=str,
 )
-def test_properties_catch_broken_tasks(task, law):
-    with pytest.raises((AssertionError, ValueError), match=law):
+def test_properties_catch_broken_tasks(task, message):
+    with pytest.raises((AssertionError, ValueError), match=message):
         check_task_properties(task)
 
 

@@ -349,10 +349,10 @@ def duplicates(config):
     }
 
 
-@pytest.mark.parametrize("how", ["copy", "copy.copy", "deepcopy", "pickle"])
-def test_copies_are_equal_and_still_closed(how):
+@pytest.mark.parametrize("kind", ["copy", "copy.copy", "deepcopy", "pickle"])
+def test_copies_are_equal_and_still_closed(kind):
     config = make_config()
-    other = duplicates(config)[how]
+    other = duplicates(config)[kind]
     assert isinstance(other, CfgNode)
     assert other is not config
     assert other == config
@@ -363,10 +363,10 @@ def test_copies_are_equal_and_still_closed(how):
     assert other != config
 
 
-@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
-def test_copies_are_independent(how):
+@pytest.mark.parametrize("kind", ["copy", "deepcopy", "pickle"])
+def test_copies_are_independent(kind):
     config = make_config()
-    other = duplicates(config)[how]
+    other = duplicates(config)[kind]
     other.model.n_layer = 99
     other.override("system.work_dir", "elsewhere")
     other.betas = None
