@@ -12,16 +12,16 @@ of numpy, which its ready-made distributions are not.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.tasks import Interval, Task, Values
+from mingpt.tasks import Task, Values
 
 SPLITS = ("train", "test")
 SPLIT_VERSION = 1
@@ -43,7 +43,7 @@ class CustomDataset(torch.utils.data.Dataset):
     with -1 (ignored) before the first token of the solution.
 
     The stream of rows has no end: any index from 0 on is valid, so that training need not repeat rows. ``len`` and
-    iteration count ``size`` of them, which is what an evaluation over the whole dataset sees.
+    iteration count ``size`` of them, what an evaluation over the full dataset sees.
     """
 
     def __init__(
@@ -62,14 +62,15 @@ class CustomDataset(torch.utils.data.Dataset):
             split: "train" or "test"; no input row is in both, whatever the tasks.
             tasks: at least one; a mixture gives each an equal share.
             length: L, elements of an input row.
-            num_digits: the largest element of an input row.
-            prefix_padding: how many zeros come before the input, the places of a prefix.
+            num_digits: the largest element of an input row, where the task does not say otherwise.
+            prefix_padding: how many zeros come before the input, the placeholders of a prefix.
             seed: another seed gives other rows, and the same split.
             size: what ``len`` says.
 
         Raises:
-            TypeError: if ``tasks`` is not a sequence of tasks.
-            ValueError: for an unknown split, a size out of range, or a task that ``num_digits`` is too small for.
+            TypeError: if ``tasks`` is not a sequence of tasks, or a number is no integer.
+            ValueError: for an unknown split, a size out of range, a task that ``num_digits`` is too small for, or one
+                with negative tokens.
         """
         if split not in SPLITS:
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -77,28 +78,20 @@ class CustomDataset(torch.utils.data.Dataset):
             raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], got {tasks!r}")
         if not tasks:
             raise ValueError("tasks is empty; give at least one task")
-        for name, value, least in (
-            ("length", length, 1),
-            ("num_digits", num_digits, 2),
-            ("prefix_padding", prefix_padding, 0),
-            ("size", size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        length, num_digits, prefix_padding, seed, size = map(int, (length, num_digits, prefix_padding, seed, size))
-        self.split, self.tasks, self.seed, self.size = split, tuple(tasks), seed, size
-        self.length, self.num_digits, self.prefix_padding = length, num_digits, prefix_padding
-        self._streams: list[_RowStream] = []  # the different streams of rows
-        self._stream_of_task: list[int] = []
+        self.length, self.num_digits = _integer("length", length, 1), _integer("num_digits", num_digits, 2)
+        self.prefix_padding, self.size = _integer("prefix_padding", prefix_padding, 0), _integer("size", size, 1)
+        self.seed = _integer("seed", seed)
+        self.split, self.tasks = split, tuple(tasks)
+        self._streams: list[_RowStream] = []  # of each task
         for task in self.tasks:
-            stream = _RowStream(split, task.input_values(num_digits), task.has_repeats, length, seed)
-            if stream.values.first.low > stream.values.first.high:
+            values = task.input_values(self.num_digits)
+            if values.first.size < 1 or values.rest.size < 1:
                 raise ValueError(f"num_digits = {num_digits} leaves no rows for {task}; use at least 4")
-            if self.output_values(task).all.low < 0:
-                raise ValueError(f"{task} can produce {self.output_values(task).all.low}, and tokens are not negative")
-            if stream not in self._streams:
-                self._streams.append(stream)
-            self._stream_of_task.append(self._streams.index(stream))
+            for what, low in (("read", values.all.low), ("produce", self.output_values(task).all.low)):
+                if low < 0:
+                    raise ValueError(f"{task} can {what} {low}, and tokens are not negative")
+            stream = _RowStream(split, values, task.has_repeats, self.length, self.seed)
+            self._streams.append(next((other for other in self._streams if other.name == stream.name), stream))
 
     def __len__(self) -> int:
         return self.size
@@ -126,12 +119,10 @@ class CustomDataset(torch.utils.data.Dataset):
             IndexError: for a negative index.
         """
         inputs, solutions = self.rows(indices)
-        n_silent = self.prefix_padding + self.length - 1
-        sequence = np.concatenate(
-            [np.zeros((len(inputs), self.prefix_padding), dtype=np.int64), inputs, solutions], axis=1
-        )
+        padding = np.zeros((len(inputs), self.prefix_padding), dtype=np.int64)
+        sequence = np.concatenate([padding, inputs, solutions], axis=1)
         y = sequence[:, 1:].copy()
-        y[:, :n_silent] = IGNORED
+        y[:, : self.prefix_padding + self.length - 1] = IGNORED
         return torch.from_numpy(sequence[:, :-1]).contiguous(), torch.from_numpy(y)
 
     def rows(self, indices: Sequence[int] | np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
@@ -143,103 +134,105 @@ class CustomDataset(torch.utils.data.Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and indices.min() < 0:
             raise IndexError(f"index {indices.min()} is negative; a dataset's rows are numbered from 0 on without end")
-        task_of_row = indices % len(self.tasks)
         inputs = np.empty((len(indices), self.length), dtype=np.int64)
-        if len(self._streams) == 1:
-            self._streams[0].take(indices, out=inputs)
-        else:
-            stream_of_row = np.asarray(self._stream_of_task)[task_of_row]
-            for number, stream in enumerate(self._streams):
-                places = np.flatnonzero(stream_of_row == number)
-                inputs[places] = stream.take(indices[places])
-        if len(self.tasks) == 1:
-            return inputs, self.tasks[0].solve(inputs)
         solutions = np.empty_like(inputs)
-        for number, task in enumerate(self.tasks):
-            places = np.flatnonzero(task_of_row == number)
-            solutions[places] = task.solve(inputs[places])
+        for number, (task, stream) in enumerate(zip(self.tasks, self._streams, strict=True)):
+            own = np.flatnonzero(indices % len(self.tasks) == number)
+            inputs[own] = stream.take(indices[own])
+            solutions[own] = task.solve(inputs[own])
         return inputs, solutions
 
     def get_vocab_size(self) -> int:
-        """How many tokens there are: num_digits + 3, more where a task can produce more."""
-        return max(self.num_digits + 3, *(int(self.output_values(task).all.high) + 1 for task in self.tasks))
+        """How many tokens there are: num_digits + 3, more where a task reads or produces more."""
+        inputs = (task.input_values(self.num_digits) for task in self.tasks)
+        values = [*inputs, *map(self.output_values, self.tasks)]
+        return max(self.num_digits + 3, *(int(each.all.high) + 1 for each in values))
 
     def output_values(self, task: Task) -> Values:
         """The values that a solution of ``task`` can hold on this dataset's rows."""
         return task.output_values(task.input_values(self.num_digits), self.length)
 
     def get_block_size(self) -> int:
-        """T, how many tokens the model reads: prefix places, input, and all of the solution but its last."""
+        """T, how many tokens the model reads: placeholders, input, and all of the solution but its last."""
         return self.prefix_padding + 2 * self.length - 1
 
     def check_fits(self, vocab_size: int, block_size: int) -> None:
-        """Raise a ValueError if a model of these sizes cannot read the examples (a stand-in)."""
-        if vocab_size < self.get_vocab_size() or block_size < self.get_block_size():
-            raise ValueError(
-                f"the model has vocab_size = {vocab_size} and block_size = {block_size}, the data needs "
-                f"{self.get_vocab_size()} and {self.get_block_size()}"
-            )
+        """Check that a model of these sizes can read every example.
+
+        Raises:
+            ValueError: if its vocabulary or its block is too small, with both numbers.
+        """
+        check_fits(self.get_vocab_size(), self.get_block_size(), vocab_size, block_size)
+
+    def rows_hash(self) -> str:
+        """A checksum of the first 64 examples of each task: it changes when the code of a task does."""
+        rows = np.concatenate(self.rows(range(64 * len(self.tasks))), axis=1)  # (64 K, 2 L)
+        return hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the data: enough to build the dataset again with ``from_description``."""
-        return {
-            "split": self.split,
-            "tasks": [str(task) for task in self.tasks],
-            "length": self.length,
-            "num_digits": self.num_digits,
-            "prefix_padding": self.prefix_padding,
-            "seed": self.seed,
-            "size": self.size,
-            "split_version": SPLIT_VERSION,
-        }
+        return self._arguments() | {"split_version": SPLIT_VERSION, "rows_hash": self.rows_hash()}
 
     @classmethod
-    def from_description(cls, description: dict[str, Any], **changes: Any) -> CustomDataset:
+    def from_description(cls, description: Mapping[str, Any], **changes: Any) -> CustomDataset:
         """Build the dataset that ``describe`` described, with ``changes`` to its arguments.
 
+        The described rows are checked first, unless ``changes`` give other tasks.
+
         Raises:
-            ValueError: if it was described by a version of this package with another split.
+            ValueError: if it was described by a version of this package with another split, or the code of one of
+                its tasks has changed since.
         """
         arguments = dict(description)
-        version = arguments.pop("split_version")
+        version, rows_hash = arguments.pop("split_version"), arguments.pop("rows_hash", None)
         if version != SPLIT_VERSION:
             raise ValueError(
                 f"the data was described with split version {version}, this package has {SPLIT_VERSION}: "
                 "rows that were for training may be for testing now"
             )
-        arguments["tasks"] = [Task.parse(name) for name in arguments["tasks"]]
+        if "tasks" not in changes:
+            arguments["tasks"] = [Task.parse(name) for name in arguments["tasks"]]
+            if rows_hash is not None and cls(**arguments).rows_hash() != rows_hash:
+                names = ", ".join(map(str, arguments["tasks"]))
+                raise ValueError(f"the rows of {names} are not those that were described: a task's code has changed")
         return cls(**(arguments | changes))
 
+    def _arguments(self) -> dict[str, Any]:
+        """What the dataset was made with, as JSON values."""
+        names = ("length", "num_digits", "prefix_padding", "seed", "size")
+        return {"split": self.split, "tasks": list(map(str, self.tasks))} | {k: getattr(self, k) for k in names}
+
     def __repr__(self) -> str:
-        return f"CustomDataset({', '.join(f'{k}={v!r}' for k, v in self.describe().items())})"
+        return f"CustomDataset({', '.join(f'{k}={v!r}' for k, v in self._arguments().items())})"
+
+
+def check_fits(n_tokens: int, n_positions: int, vocab_size: int, block_size: int) -> None:
+    """Check that a model can read ``n_positions`` tokens below ``n_tokens``; a ValueError gives both numbers."""
+    for what, needed, given in (("vocabulary", n_tokens, vocab_size), ("block size", n_positions, block_size)):
+        if given < needed:
+            raise ValueError(f"the model's {what} is {given}, and the data need {needed}; build the model larger")
 
 
 class _RowStream:
     """An endless, random-access sequence of input rows of one split."""
 
     def __init__(self, split: str, values: Values, has_repeats: bool, length: int, seed: int):
-        self.split, self.values, self.has_repeats, self.length, self.seed = split, values, has_repeats, length, seed
-        name = json.dumps([SPLIT_VERSION, seed, split, values, has_repeats, length])
-        self._key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
-        self._name = name
+        self.split, self.values, self.has_repeats, self.length = split, values, has_repeats, length
+        self.name = json.dumps([SPLIT_VERSION, seed, split, values, has_repeats, length])
+        self._key = np.frombuffer(hashlib.blake2b(self.name.encode(), digest_size=16).digest(), dtype="<u8")
         self._blocks: dict[int, np.ndarray] = {}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _RowStream) and self._name == other._name
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_blocks": {}}  # a worker process makes its own
 
-    def take(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def take(self, indices: np.ndarray) -> np.ndarray:
         """The rows of these indices, (N, L)."""
-        out = np.empty((len(indices), self.length), dtype=np.int64) if out is None else out
+        rows = np.empty((len(indices), self.length), dtype=np.int64)
         blocks = indices // BLOCK_ROWS
         for number in np.unique(blocks):
-            places = np.flatnonzero(blocks == number)
-            out[places] = self._block(int(number))[indices[places] % BLOCK_ROWS]
-        return out
+            own = np.flatnonzero(blocks == number)
+            rows[own] = self._block(int(number))[indices[own] % BLOCK_ROWS]
+        return rows
 
     def _block(self, number: int) -> np.ndarray:
         """Block ``number``, (BLOCK_ROWS, L): made when first asked for, and kept while it is among the latest few."""
@@ -254,23 +247,21 @@ class _RowStream:
         share = _TEST_SHARE if self.split == "test" else _TEST_SHARE / (_TEST_SHARE - 1)
         n_candidates = int(BLOCK_ROWS * share * 1.125)
         found: list[np.ndarray] = []
-        for attempt in itertools.count():
-            candidates = self._draw(bits, n_candidates)
-            found.append(candidates[is_test_row(candidates) == (self.split == "test")])
-            if sum(map(len, found)) >= BLOCK_ROWS:
-                return np.concatenate(found)[:BLOCK_ROWS]
-            if attempt == 100:
+        while sum(map(len, found)) < BLOCK_ROWS:
+            if len(found) > 100:
                 raise ValueError(
                     f"the {self.split} split has too few rows of length {self.length} with values {self.values.all}; "
                     "use a larger length or num_digits"
                 )
-        raise AssertionError("unreachable")
+            candidates = self._draw(bits, n_candidates)
+            found.append(candidates[is_test_row(candidates) == (self.split == "test")])
+        return np.concatenate(found)[:BLOCK_ROWS]
 
     def _draw(self, bits: np.random.Philox, n: int) -> np.ndarray:
         """Draw n candidate rows of either split, (n, L)."""
-        size = np.full(self.length, _size(self.values.rest), dtype=np.uint64)
+        size = np.full(self.length, self.values.rest.size, dtype=np.uint64)
         low = np.full(self.length, self.values.rest.low, dtype=np.int64)
-        size[0], low[0] = _size(self.values.first), self.values.first.low
+        size[0], low[0] = self.values.first.size, self.values.first.low
         rows = low + _scale(_random_words(bits, n * self.length).reshape(n, self.length), size)
         if self.has_repeats:
             # Every second row repeats the first few of its own elements, so it has few distinct values.
@@ -280,6 +271,14 @@ class _RowStream:
             choice[:, 0] = 0  # the argument stays in the argument's range
             rows[1::2] = np.take_along_axis(repeated[:, :few], choice, axis=1)
         return rows
+
+
+def _integer(name: str, value: int, least: int | None = None) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def is_test_row(rows: np.ndarray) -> np.ndarray:
@@ -293,10 +292,6 @@ def is_test_row(rows: np.ndarray) -> np.ndarray:
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     h = h ^ (h >> np.uint64(31))
     return h % np.uint64(_TEST_SHARE) == 0
-
-
-def _size(interval: Interval) -> int:
-    return interval.high - interval.low + 1
 
 
 def _random_words(bits: np.random.Philox, n: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How well a model, with or without a prefix, solves tasks.
+"""How well a model answers, with or without a prefix.
 
 Legend: N rows, L row length, P prefix positions, T tokens.
 """
@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.datasets import CustomDataset
+from mingpt.datasets import CustomDataset, check_fits
 from mingpt.decoding.logits_processors import Constraint
+from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.tasks import SIMPLE_TASKS, Task
 from mingpt.training.precision import autocast
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+AnyPrefix = Tensor | Prefix | None
+"""What a model answers with: see ``mingpt.prefix.as_prefix``; None is no prefix."""
 
 N_ROWS = 3200
 """Rows of a published figure."""
@@ -28,63 +35,65 @@ _Z95 = 1.959963984540054  # the 97.5% quantile of the standard normal distributi
 
 @dataclass(frozen=True)
 class Score:
-    """How many rows were solved exactly.
+    """How many rows were answered exactly.
 
     Attributes:
         n_correct: rows whose every output token is right.
         n_rows: rows in all.
         by_position: the share of rows that is right at each output position, L numbers.
+        n_distinct: different rows, input and solution; n_rows by default.
     """
 
     n_correct: int
     n_rows: int
     by_position: tuple[float, ...] = field(default=(), repr=False)
+    n_distinct: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_distinct", self.n_distinct or self.n_rows)
 
     @property
     def accuracy(self) -> float:
-        """The share of rows solved, 0 to 1."""
+        """The share of rows answered exactly, 0 to 1."""
         return self.n_correct / self.n_rows
 
     @property
     def confidence_interval(self) -> tuple[float, float]:
-        """The 95% confidence interval of the accuracy (Wilson 1927), which is sound at 0 and 1 too."""
-        n, z2 = self.n_rows, _Z95**2
-        center = (self.n_correct + z2 / 2) / (n + z2)
-        half = _Z95 / (n + z2) * math.sqrt(self.n_correct * (n - self.n_correct) / n + z2 / 4)
+        """The 95% confidence interval of the accuracy over test rows (Wilson 1927), which is sound at 0 and 1 too.
+
+        It says how far the accuracy on all rows of this kind may be from the accuracy on these, for this one model. It
+        says nothing of other seeds. A row that comes twice counts once: p is n_correct / n_rows and n is n_distinct.
+        """
+        n, z2 = self.n_distinct, _Z95**2
+        n_correct = self.n_correct * (n / self.n_rows)
+        center = (n_correct + z2 / 2) / (n + z2)
+        half = _Z95 / (n + z2) * math.sqrt(n_correct * (n - n_correct) / n + z2 / 4)
         # Rounding must not leave the accuracy outside, as it may by 1e-17 at 0 and 1.
         return max(0.0, min(center - half, self.accuracy)), min(1.0, max(center + half, self.accuracy))
 
     def to_dict(self) -> dict[str, Any]:
         """The score as JSON values."""
-        low, high = self.confidence_interval
-        return {
-            "n_correct": self.n_correct,
-            "n_rows": self.n_rows,
-            "accuracy": self.accuracy,
-            "confidence_interval": [low, high],
-            "by_position": list(self.by_position),
-        }
+        derived = {"accuracy": self.accuracy, "confidence_interval": list(self.confidence_interval)}
+        return asdict(self) | {"by_position": list(self.by_position)} | derived
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
         """Undo ``to_dict``."""
-        return cls(values["n_correct"], values["n_rows"], tuple(values["by_position"]))
+        return cls(values["n_correct"], values["n_rows"], tuple(values["by_position"]), values.get("n_distinct", 0))
 
     @classmethod
-    def of(cls, outputs: np.ndarray, solutions: np.ndarray) -> Score:
-        """Compare outputs with solutions, (N, L) each."""
+    def of(cls, outputs: np.ndarray, solutions: np.ndarray, inputs: np.ndarray | None = None) -> Score:
+        """Compare outputs with solutions, (N, L) each; ``inputs`` (N, L) tell how many rows are distinct."""
         is_right = outputs == solutions
-        return cls(int(is_right.all(axis=1).sum()), len(outputs), tuple(is_right.mean(axis=0).tolist()))
+        rows = None if inputs is None else np.unique(np.concatenate([inputs, solutions], axis=1), axis=0)
+        n_distinct = len(outputs if rows is None else rows)
+        return cls(int(is_right.all(axis=1).sum()), len(outputs), tuple(is_right.mean(axis=0).tolist()), n_distinct)
 
 
 def evaluate(
-    model: Any,
-    dataset: CustomDataset,
-    prefixes: Tensor | Prefix | None = None,
-    n_rows: int = N_ROWS,
-    **options: Any,
+    model: GPT, dataset: CustomDataset, prefixes: AnyPrefix = None, n_rows: int = N_ROWS, **options: Any
 ) -> Score:
-    """Solve the dataset's first ``n_rows`` rows greedily and count those whose every output token is right.
+    """Answer the dataset's first ``n_rows`` rows greedily and count those whose every output token is right.
 
     Args:
         model: a GPT.
@@ -94,24 +103,30 @@ def evaluate(
         options: batch_size, precision, logits_processors, forbidden_mass_record; see ``predict``.
 
     Raises:
-        ValueError: if ``n_rows`` is not positive, or the prefix is longer than the dataset's prefix_padding.
+        ValueError: if ``n_rows`` is not positive, the model is too small for the dataset, or the prefix is longer than
+            the dataset's prefix_padding.
     """
+    inputs, solutions = _rows(model, dataset, n_rows)
+    return Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions, inputs)
+
+
+def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The dataset's first inputs and solutions, (N, L) each, checked to fit the model."""
     if n_rows < 1:
         raise ValueError(f"n_rows must be at least 1, got {n_rows}")
-    inputs, solutions = dataset.rows(range(n_rows))
-    return Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions)
+    dataset.check_fits(model.config.vocab_size, model.config.block_size)
+    return dataset.rows(range(n_rows))
 
 
 @torch.no_grad()
 def predict(
-    model: Any,
+    model: GPT,
     inputs: np.ndarray,
     prefix_padding: int,
-    prefixes: Tensor | Prefix | None = None,
+    prefixes: AnyPrefix = None,
     batch_size: int = 1600,
     precision: str = "auto",
     logits_processors: Iterable[Callable] = (),
-    n_given: int = 0,
     given: np.ndarray | None = None,
     forbidden_mass_record: list[Tensor] | None = None,
 ) -> np.ndarray:
@@ -125,28 +140,29 @@ def predict(
         batch_size: rows generated at a time.
         precision: see ``mingpt.training.precision``.
         logits_processors: see ``mingpt.decoding.generation.generate``.
-        n_given: how many tokens of each answer are given with the prompt.
-        given: (N, L) answers to take them from.
-        forbidden_mass_record: a list that receives, for each batch, the probability that each constraint forbade, (steps,
-            rows, number of constraints); see ``mingpt.decoding.generation.generate``.
+        given: (N, G) the first G tokens of each answer, given with the prompt; none by default.
+        forbidden_mass_record: a list that receives, for each batch, the probability that each constraint forbade,
+            (steps, rows, number of constraints); see ``mingpt.decoding.generation.generate``.
 
     Returns:
         (N, L) answers.
+
+    Raises:
+        ValueError: if the prefix is longer than ``prefix_padding``, or the model is too small for the rows.
     """
     n_rows, length = inputs.shape
+    sizes = (model.config.vocab_size, model.config.block_size)
+    check_fits(int(inputs.max(initial=0)) + 1, prefix_padding + 2 * length - 1, *sizes)
     prefix = None
     if prefixes is not None:
         prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
         if prefix.n_placeholders > prefix_padding:
             raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
-    prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
-    if given is not None:
-        prompts = np.concatenate([prompts, given[:, :n_given]], axis=1)
-    processors = tuple(logits_processors)
+    given = np.zeros((n_rows, 0), dtype=np.int64) if given is None else given
+    prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs, given], axis=1)
     tokens = torch.from_numpy(prompts).to(model.device)
-    was_training = model.training
+    processors, was_training, outputs = tuple(logits_processors), model.training, []
     model.eval()
-    outputs = []
     try:
         with autocast(precision, model.device):
             for start in range(0, n_rows, batch_size):
@@ -155,7 +171,7 @@ def predict(
                 outputs.append(
                     model.generate(
                         tokens[rows],
-                        length - n_given,
+                        length - given.shape[1],
                         prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
                         logits_processors=processors,
                         forbidden_mass_record=record,
@@ -170,7 +186,8 @@ def predict(
 
 def _of_rows(prefix: Prefix, n_rows: int, rows: slice) -> Prefix:
     """The prefixes of some of ``n_rows`` rows."""
-    return prefix if prefix.n_prefixes == 1 else replace(prefix, rows=prefix.owners(n_rows)[rows])
+    is_shared = prefix.rows is None and prefix.n_prefixes == 1
+    return prefix if is_shared else replace(prefix, rows=prefix.owners(n_rows)[rows])
 
 
 @dataclass(frozen=True)
@@ -180,8 +197,8 @@ class ConstraintEffect:
     Attributes:
         free: the score without the constraint.
         constrained: the score with it.
-        forbidden_mass: at each output position, the mean probability that it took away from the model, L numbers from 0 to 1.
-            Where it is near 0, the model would have kept to the language by itself.
+        forbidden_mass: at each output position, the mean probability that it took away from the model, L numbers from
+            0 to 1. Where it is near 0, the model would have kept to the language by itself.
     """
 
     free: Score
@@ -195,14 +212,14 @@ class ConstraintEffect:
 
 
 def constraint_effect(
-    model: Any,
+    model: GPT,
     dataset: CustomDataset,
     constraints: Iterable[Constraint],
-    prefixes: Tensor | Prefix | None = None,
+    prefixes: AnyPrefix = None,
     n_rows: int = N_ROWS,
     **options: Any,
 ) -> ConstraintEffect:
-    """Solve the same rows freely and under constraints, and see how much the constraints had to forbid.
+    """Answer the same rows freely and under constraints, and measure how much the constraints had to forbid.
 
     Args:
         model: a GPT.
@@ -221,12 +238,15 @@ def constraint_effect(
     return ConstraintEffect(free, constrained, tuple(forbidden_mass.clamp(min=0).tolist()))
 
 
+_COUNTS = ("n_correct", "n_rows", "n_distinct")
+
+
 @dataclass(frozen=True)
 class AccuracyMatrix:
     """The score of every prefix on every task.
 
     Attributes:
-        prefixes: the row names; "none" is the model without a prefix.
+        prefixes: the row names, "none" for the model without a prefix.
         tasks: the column names.
         scores: ``scores[i][j]`` of prefix i on task j.
     """
@@ -238,8 +258,8 @@ class AccuracyMatrix:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
         """Undo ``to_dict``; what the scores were at each position is not kept."""
-        counts = zip(values["n_correct"], values["n_rows"], strict=True)
-        scores = tuple(tuple(map(Score, n_correct, n_rows)) for n_correct, n_rows in counts)
+        counts = np.array([values.get(name, values["n_rows"]) for name in _COUNTS]).transpose(1, 2, 0).tolist()
+        scores = tuple(tuple(Score(n, n_rows, (), n_distinct) for n, n_rows, n_distinct in row) for row in counts)
         return cls(tuple(values["prefixes"]), tuple(values["tasks"]), scores)
 
     @property
@@ -257,21 +277,26 @@ class AccuracyMatrix:
         return {
             "prefixes": list(self.prefixes),
             "tasks": list(self.tasks),
-            "n_correct": [[score.n_correct for score in row] for row in self.scores],
-            "n_rows": [[score.n_rows for score in row] for row in self.scores],
+            **{name: [[getattr(score, name) for score in row] for row in self.scores] for name in _COUNTS},
         }
+
+    def to_frame(self) -> DataFrame:
+        """The accuracies in percent: a row for each prefix, a column for each task."""
+        import pandas as pd
+
+        return pd.DataFrame(100 * self.accuracies, index=list(self.prefixes), columns=list(self.tasks))
 
 
 def accuracy_matrix(
-    model: Any,
-    prefixes: Mapping[str, Tensor | Prefix | None],
+    model: GPT,
+    prefixes: Mapping[str, AnyPrefix],
     datasets: Sequence[CustomDataset],
     n_rows: int = N_ROWS,
     **options: Any,
 ) -> AccuracyMatrix:
     """Score every prefix on the one task of every dataset.
 
-    The model answers once for each prefix and each different set of input rows; all tasks that are posed on these rows
+    The model answers once for each prefix and each different set of input rows. All tasks that are posed on these rows
     grade the same answers. A cell is what ``evaluate`` gives for that prefix and dataset.
 
     Args:
@@ -282,136 +307,145 @@ def accuracy_matrix(
         options: see ``predict``.
 
     Raises:
-        ValueError: if a dataset has several tasks, or none are given.
+        ValueError: if a dataset has several tasks, none are given, or as ``evaluate`` does.
     """
     if not datasets or any(len(dataset.tasks) != 1 for dataset in datasets):
         raise ValueError("accuracy_matrix needs at least one dataset, of one task each")
-    rows = [dataset.rows(range(n_rows)) for dataset in datasets]
-    distinct: list[tuple[np.ndarray, int, list[int]]] = []  # input rows, padding, columns that are posed on them
-    for column, (inputs, _) in enumerate(rows):
-        padding = datasets[column].prefix_padding
-        for other, other_padding, columns in distinct:
-            if other_padding == padding and np.array_equal(other, inputs):
-                columns.append(column)
-                break
-        else:
-            distinct.append((inputs, padding, [column]))
+    rows = [_rows(model, dataset, n_rows) for dataset in datasets]
+    columns_of: dict[tuple[int, bytes], list[int]] = {}  # the columns of each padding and input rows
+    for column, (dataset, (inputs, _)) in enumerate(zip(datasets, rows, strict=True)):
+        columns_of.setdefault((dataset.prefix_padding, inputs.tobytes()), []).append(column)
     table = []
     for prefix in prefixes.values():
         scores: dict[int, Score] = {}
-        for inputs, padding, columns in distinct:
-            outputs = predict(model, inputs, padding, prefix, **options)
-            scores.update((column, Score.of(outputs, rows[column][1])) for column in columns)
+        for (padding, _), columns in columns_of.items():
+            outputs = predict(model, rows[columns[0]][0], padding, prefix, **options)
+            scores |= {column: Score.of(outputs, rows[column][1], rows[column][0]) for column in columns}
         table.append(tuple(scores[column] for column in range(len(datasets))))
     return AccuracyMatrix(tuple(prefixes), tuple(str(dataset.tasks[0]) for dataset in datasets), tuple(table))
 
 
-def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | None = None) -> str:
-    """Scores by name as lines of text: percent, the 95% interval, and what was published, in percent, where it was."""
-    width = max(map(len, scores)) + 2
-    lines = [f"{'':{width}}{'accuracy':>10}{'95% interval':>18}{'published':>12}"]
-    for name, score in scores.items():
-        low, high = (100 * end for end in score.confidence_interval)
-        theirs = (published or {}).get(name)
-        line = f"{name:{width}}{100 * score.accuracy:>9.2f}%{f'{low:.2f} - {high:.2f}':>18}"
-        lines.append(line + (f"{theirs:>11.2f}%" if theirs is not None else ""))
-    n_rows = sorted({score.n_rows for score in scores.values()})
-    return "\n".join([*lines, f"of {' or '.join(f'{n:,}' for n in n_rows)} test rows"])
+def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | None = None) -> DataFrame:
+    """Scores by name as a table, in percent.
+
+    Args:
+        scores: by name.
+        published: accuracies in percent to compare with, of some of the names.
+
+    Returns:
+        A row for each name; the columns are accuracy, low and high (the ends of its 95% confidence interval over test
+        rows), published (nan where there is none) and n_rows. ``format_table`` prints it.
+    """
+    import pandas as pd
+
+    columns = {
+        name: [100 * score.accuracy, *(100 * end for end in score.confidence_interval), (published or {}).get(name)]
+        for name, score in scores.items()
+    }
+    table = pd.DataFrame.from_dict(columns, "index", float, ["accuracy", "low", "high", "published"])
+    return table.assign(n_rows=[score.n_rows for score in scores.values()])
+
+
+def format_table(table: DataFrame) -> str:
+    """A table as text, with two decimals and nothing where a value is missing."""
+    return table.to_string(float_format="{:.2f}".format, na_rep="")
 
 
 def bayes_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
     """The cross-entropy in nats per output token that no predictor can beat on a mixture of tasks.
 
     A predictor that knows every task, but not which of them was drawn, weighs the tasks by Bayes' rule: by how likely
-    each poses this input, then by whether it agrees with the outputs seen so far. What it is unsure of is left.
+    each poses this input, then by whether it agrees with the outputs so far. The uncertainty that remains is the loss.
+
+    The likelihood of an input row is that of independent, uniform elements. Between tasks whose rows are drawn alike
+    it is exact. Elsewhere two things are left out: that half of the rows have many repeats, where the task has them,
+    and that the split may have another share of one task's rows than of another's.
 
     Args:
-        dataset: a mixture; rows drawn with and without repeats are taken as equally likely for all tasks.
+        dataset: a mixture.
         n_rows: rows to average over.
     """
     inputs, solutions = dataset.rows(range(n_rows))
-    likely = np.zeros((len(dataset.tasks), n_rows))  # (K, N), up to a factor for each row
+    log_likelihood = np.full((len(dataset.tasks), n_rows), -np.inf)  # (K, N)
     agrees = np.zeros((len(dataset.tasks), *inputs.shape), dtype=bool)  # (K, N, L)
     for k, task in enumerate(dataset.tasks):
         first, rest = task.input_values(dataset.num_digits)
-        is_possible = (inputs >= rest.low).all(axis=1) & (inputs <= rest.high).all(axis=1)
-        is_possible &= (inputs[:, 0] >= first.low) & (inputs[:, 0] <= first.high)
-        # Every row but its argument is as likely under one task as under another with the same values.
-        likely[k] = is_possible / (first.high - first.low + 1.0)
+        low, high = np.array([first, *[rest] * (dataset.length - 1)]).T  # (L,) each
+        is_possible = ((inputs >= low) & (inputs <= high)).all(axis=1)
+        log_likelihood[k, is_possible] = -math.log(first.size) - (dataset.length - 1) * math.log(rest.size)
         agrees[k] = task.solve(inputs) == solutions
-    agreed = np.cumprod(agrees, axis=2)
-    after = (likely[:, :, None] * agreed).sum(axis=0)  # (N, L) the weight of the tasks that agree up to each output
-    before = np.concatenate([likely.sum(axis=0)[:, None], after[:, :-1]], axis=1)
+    likelihood = np.exp(log_likelihood - log_likelihood.max(axis=0))  # up to a factor for each row
+    after = (likelihood[:, :, None] * np.cumprod(agrees, axis=2)).sum(axis=0)  # (N, L) of what agrees up to each output
+    before = np.concatenate([likelihood.sum(axis=0)[:, None], after[:, :-1]], axis=1)
     return float(np.mean(np.log(before / after)))
 
 
 def label_batch(
     x: Tensor, y: Tensor, prefix_size: int, length: int, as_ints: bool = False, tasks: Sequence[Task] = SIMPLE_TASKS
 ) -> list[str] | list[int]:
-    """Name the task that maps each x to its y.
+    """Name every task that maps each x to its y.
 
     Args:
         x: (N, T) sequences as a dataset gives them, the input at ``prefix_size``.
         y: (N, T) their targets, or outputs, with the solution at ``prefix_size + length - 1``.
         prefix_size: P, the tokens before the input.
         length: L.
-        as_ints: give each task's number, from 1 on, and 0 for none of them.
-        tasks: those to try; the first that fits is the answer.
+        as_ints: give the task's number, from 1 on; 0 where no task fits, and -1 where several do.
+        tasks: those to try.
 
     Returns:
-        N names, "None" where no task fits, or N numbers.
+        N names, "Add1 or SortAscending" where several tasks fit and "None" where none does, or N numbers.
     """
     inputs = x[:, prefix_size : prefix_size + length].cpu().numpy()
     outputs = y[:, prefix_size + length - 1 :].cpu().numpy()
-    labels = np.zeros(len(inputs), dtype=np.int64)
-    for number, task in reversed(list(enumerate(tasks, start=1))):
-        fits = task.is_defined(inputs) & (task.solve(inputs) == outputs).all(axis=-1)
-        labels[fits] = number
+    different = list(dict.fromkeys(tasks))
+    fits = [task.is_defined(inputs) & (task.solve(inputs) == outputs).all(axis=-1) for task in different]
+    found = [
+        [task for task, is_right in zip(different, row, strict=True) if is_right] for row in zip(*fits, strict=True)
+    ]
     if as_ints:
-        return labels.tolist()
-    names = ["None", *map(str, tasks)]
-    return [names[label] for label in labels]
+        return [-1 if len(row) > 1 else 1 + tasks.index(row[0]) if row else 0 for row in found]
+    return [" or ".join(map(str, row)) or "None" for row in found]
 
 
 def eval(  # noqa: A001 (the seed notebook's name)
-    model: Any,
+    model: GPT,
     dataset: CustomDataset,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
     provide_first: bool = False,
-    prefixes: Tensor | Prefix | None = None,
+    prefixes: AnyPrefix = None,
     show_wrong_examples: bool = False,
     logits_processors: Iterable[Callable] = (),
 ) -> Tensor:
-    """Print and return how many rows the model solves, as the seed notebook's ``eval`` does.
+    """Print and return how many rows the model answers exactly, as the seed notebook's ``eval`` does.
 
     Args:
         model: a GPT.
-        dataset: whose first ``100 * max_batches`` rows are solved, all of ``len(dataset)`` without ``max_batches``.
+        dataset: whose first ``100 * max_batches`` rows are answered, all of ``len(dataset)`` without ``max_batches``.
         device: where to run; the model is moved there.
-        max_batches: batches of 100 rows.
+        max_batches: batches of 100 rows, at least 1.
         provide_first: give the first token of the solution with the prompt.
         prefixes: see ``mingpt.prefix.as_prefix``.
         show_wrong_examples: print the first three mistakes.
         logits_processors: see ``mingpt.decoding.generation.generate``.
 
     Returns:
-        The number of rows solved, a scalar tensor of float32.
+        The number of rows answered exactly, a scalar tensor of float32.
+
+    Raises:
+        ValueError: if ``max_batches`` is less than 1, or as ``evaluate`` does.
     """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, or None for all of the dataset, got {max_batches}")
     if device is not None:
         model.to(device)
     n_rows = len(dataset) if max_batches is None else min(100 * max_batches, len(dataset))
-    inputs, solutions = dataset.rows(range(n_rows))
-    outputs = predict(
-        model,
-        inputs,
-        dataset.prefix_padding,
-        prefixes,
-        logits_processors=logits_processors,
-        n_given=int(provide_first),
-        given=solutions,
-    )
-    score = Score.of(outputs, solutions)
+    inputs, solutions = _rows(model, dataset, n_rows)
+    given = solutions[:, : int(provide_first)]
+    options = {"logits_processors": logits_processors, "given": given}
+    outputs = predict(model, inputs, dataset.prefix_padding, prefixes, **options)
+    score = Score.of(outputs, solutions, inputs)
     if show_wrong_examples:
         for row in np.flatnonzero((outputs != solutions).any(axis=1))[:3]:
             print(f"{inputs[row].tolist()} became {outputs[row].tolist()}, the solution is {solutions[row].tolist()}")

@@ -5,14 +5,19 @@ Legend: ... any batch axes, L the row's length. A row's "argument" is its first 
 A task says three things about itself: what it does to a row (``solve``), which rows it is posed on
 (``input_values``), and what it makes of a set of possible values (``output_values``). The last is an abstract
 interpretation over intervals: it gives a composition its vocabulary, and refuses a composition in which a later task
-would meet a row on which it has no meaning.
+would meet a row on which it is not defined.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from mingpt.utils import parse_value
 
 UNBOUNDED = 2**31
 """Stands for "however many digits, however long a row" where a composition is judged."""
@@ -24,8 +29,13 @@ class Interval(NamedTuple):
     low: int
     high: int
 
+    @property
+    def size(self) -> int:
+        """How many integers there are, 0 or less for none."""
+        return self.high - self.low + 1
+
     def with_zero(self) -> Interval:
-        """The smallest interval that has these values and 0."""
+        """The smallest interval of these values and 0."""
         return Interval(min(self.low, 0), max(self.high, 0))
 
 
@@ -40,7 +50,7 @@ class Values(NamedTuple):
         """The smallest interval that has every element's values."""
         return Interval(min(self.first.low, self.rest.low), max(self.first.high, self.rest.high))
 
-    def map(self, function) -> Values:
+    def map(self, function: Callable[[Interval], Interval]) -> Values:
         """Apply an interval function to both parts."""
         return Values(function(self.first), function(self.rest))
 
@@ -48,16 +58,26 @@ class Values(NamedTuple):
 class Task:
     """A function on rows of integers; subclass it and write ``solve`` to add one.
 
-    Tasks are values: two of the same class are equal, hashable, and ``Task.parse(str(task)) == task``.
+    Tasks are values: two of the same class and parameters are equal, hashable, and ``Task.parse(str(task)) == task``.
+    The parameters are the arguments of the class's ``__init__``, each kept as an attribute of the same name.
     """
 
-    has_repeats = True
+    has_repeats: bool = True
     """Whether half of the rows are drawn with many repeated values."""
+
+    requirement: str = "its rows do not meet the task's requirement"
+    """What a row must satisfy for the task to be defined on it, for error messages."""
+
+    _classes: ClassVar[dict[str, type[Task]]] = {}  # those that parse knows, by name
+
+    def __init_subclass__(cls) -> None:
+        if not cls.__name__.startswith("_"):
+            Task._classes[cls.__name__] = cls  # of several classes of one name, the newest
 
     def solve(self, x: np.ndarray) -> np.ndarray:
         """Map rows ``x`` (..., L) of int64 to rows of the same shape, without changing ``x``.
 
-        It is called on any integers; on rows where the task has no meaning it may return anything but must not raise.
+        It is called on any integers. On rows where the task is not defined it may return anything but must not raise.
         """
         raise TypeError(f"{type(self).__name__} must define solve(self, x)")
 
@@ -69,12 +89,12 @@ class Task:
         """The values that ``solve`` can give on rows of these values and this length.
 
         Raises:
-            ValueError: if the task has no meaning on some such row; the message is the reason.
+            ValueError: if the task is not defined on some such row; the message is the reason.
         """
         return values
 
     def is_defined(self, x: np.ndarray) -> np.ndarray:
-        """Which rows of ``x`` (..., L) the task has a meaning on, (...) of bool."""
+        """Which rows of ``x`` (..., L) the task is defined on, (...) of bool."""
         return np.ones(x.shape[:-1], dtype=bool)
 
     def __call__(self, x: Any) -> Any:
@@ -85,30 +105,50 @@ class Task:
 
         Raises:
             TypeError: if ``x`` does not hold integers.
-            ValueError: if ``x`` has no elements along its last axis, or holds a row the task has no meaning on.
+            ValueError: if ``x`` has no elements along its last axis, holds a row the task is not defined on, or its
+                dtype cannot hold the solution.
         """
-        is_array = isinstance(x, np.ndarray)
-        rows = x if is_array else x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
-        if rows.size == 0 and not hasattr(x, "dtype"):
-            rows = rows.astype(np.int64)  # an empty list has no type of its own
-        if not np.issubdtype(rows.dtype, np.integer):
-            raise TypeError(f"{self} works on integers, not on {rows.dtype}")
-        if rows.ndim == 0 or rows.shape[-1] == 0:
-            raise ValueError(f"{self} works on rows of at least one element, got shape {tuple(rows.shape)}")
-        rows = rows.astype(np.int64, copy=False)
+        given = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        if given.size == 0 and not hasattr(x, "dtype"):
+            given = given.astype(np.int64)  # an empty list has no type of its own
+        if not np.issubdtype(given.dtype, np.integer):
+            raise TypeError(f"{self} works on integers, not on {given.dtype}")
+        if given.ndim == 0 or given.shape[-1] == 0:
+            raise ValueError(f"{self} works on rows of at least one element, got shape {given.shape}")
+        rows = self._cast(given, np.int64)
         is_defined = self.is_defined(rows)
         if not is_defined.all():
             first_bad = rows.reshape(-1, rows.shape[-1])[np.argmin(is_defined.reshape(-1))]
             raise ValueError(f"{self} is not defined on the row {first_bad.tolist()}: {self.requirement}")
-        solution = self.solve(rows)
-        if is_array:
-            return solution.astype(x.dtype)
-        return x.new_tensor(solution) if hasattr(x, "new_tensor") else solution
+        solution = self._cast(self.solve(rows), given.dtype)
+        if isinstance(x, np.ndarray):
+            return solution
+        return x.new_tensor(solution) if hasattr(x, "new_tensor") else solution.tolist()
+
+    def _cast(self, values: np.ndarray, dtype: Any) -> np.ndarray:
+        """A copy of integers in another dtype that can hold them."""
+        cast = values.astype(dtype)
+        if (cast != values).any():
+            lost = values[cast != values].flat[0]
+            raise ValueError(f"{self} meets the value {lost}, which {cast.dtype} cannot hold; use a wider dtype")
+        return cast
 
     @property
-    def requirement(self) -> str:
-        """What a row must satisfy for the task to have a meaning, for error messages."""
-        return "its rows do not meet the task's requirement"
+    def parameters(self) -> dict[str, Any]:
+        """The arguments that make this task, by name.
+
+        Raises:
+            TypeError: if one is not kept as an attribute, or ``Task.parse`` could not read it back.
+        """
+        name, parameters = type(self).__name__, {}
+        for argument in inspect.signature(type(self)).parameters:
+            if not hasattr(self, argument):
+                raise TypeError(f"{name}.__init__ takes {argument} and must keep it: self.{argument} = {argument}")
+            value = getattr(self, argument)
+            parameters[argument] = value = value.item() if isinstance(value, np.generic) else value
+            if repr(parse_value(repr(value))) != repr(value):
+                raise TypeError(f"{name} has {argument} = {value!r}; use numbers, text, or lists and tuples of them")
+        return parameters
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -123,56 +163,76 @@ class Task:
 
     @staticmethod
     def parse(text: str) -> Task:
-        """Read a task from its name, ``"SortAscending"`` or ``"SortAscending+Add1"``.
+        """Read a task from its name: ``"SortAscending"``, ``"AddN(3)"`` or ``"SortAscending+Add1"``.
 
         Raises:
-            ValueError: for a name that is no task, with the known ones, or a composition that is not defined.
+            ValueError: for a name that is no task, with the known ones, arguments that are no literals or that the
+                task does not take, or a composition that is not defined.
         """
-        known = {cls.__name__: cls for cls in _simple_task_classes(Task)}
-        tasks = []
-        for name in (part.strip() for part in text.split("+")):
-            if name not in known:
-                raise ValueError(f"unknown task {name!r} in {text!r}; the tasks are {', '.join(known)}")
-            tasks.append(known[name]())
+        try:
+            node: ast.expr | None = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError):
+            node = None
+        parts = []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            parts.append(node.right)
+            node = node.left
+        tasks = [_make_task(part, text) for part in [node, *reversed(parts)]]
         return tasks[0] if len(tasks) == 1 else CompositeTask(*tasks)
 
     def __str__(self) -> str:
-        return type(self).__name__
+        return repr(self).removesuffix("()")
 
     def __repr__(self) -> str:
-        return f"{self}()"
+        kinds = inspect.signature(type(self)).parameters
+        values = self.parameters.items()
+        arguments = (f"{k}={v!r}" if kinds[k].kind is kinds[k].KEYWORD_ONLY else repr(v) for k, v in values)
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Task) and [(type(t), vars(t)) for t in self.tasks] == [
-            (type(t), vars(t)) for t in other.tasks
-        ]
+        if not isinstance(other, Task):
+            return False
+        return str(self) == str(other) and [type(task) for task in self.tasks] == [type(task) for task in other.tasks]
 
     def __hash__(self) -> int:
-        return hash(tuple(type(t) for t in self.tasks))
+        return hash(str(self))
 
 
-def _simple_task_classes(cls: type[Task]) -> list[type[Task]]:
-    """Every task class a user can name, in the order of definition."""
-    classes = []
-    for sub in cls.__subclasses__():
-        if sub is not CompositeTask and not sub.__name__.startswith("_"):
-            classes.append(sub)
-        classes += _simple_task_classes(sub)
-    return classes
+def _make_task(node: ast.expr | None, text: str) -> Task:
+    """The simple task that a part of the name ``text`` stands for: ``Add1`` or ``AddN(3)``."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node or ast.Name(text), [], [])
+    name = ast.unparse(call.func)
+    if name not in Task._classes:
+        raise ValueError(
+            f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}; "
+            "import the file that defines it (--import on the command line)"
+        )
+    task_class = Task._classes[name]
+    try:
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        return task_class(*map(ast.literal_eval, call.args), **named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{ast.unparse(call)!r} in {text!r} is no task; write {name}{inspect.signature(task_class)} with literals "
+            f"such as 3 or 'x': {str(error).split(' on line')[0]}"
+        ) from error
 
 
 class CompositeTask(Task):
     """Several tasks in a row; made with ``+``, flat, and checked when it is built."""
 
+    requirement = "one of its tasks would meet a row on which it is not defined"
+
     def __init__(self, *tasks: Task):
         """Compose ``tasks``, the first one first.
 
         Raises:
-            ValueError: if some row of the first task leads a later one to a row on which it has no meaning.
+            ValueError: if some row of the first task leads a later one to a row on which it is not defined.
         """
         if not tasks:
             raise ValueError("a composition needs at least one task")
         self._tasks = tuple(simple for task in tasks for simple in task.tasks)
+        self.has_repeats = self._tasks[0].has_repeats
         # Judged for every number of digits and every length at once, so a task means the same wherever it is used.
         values = self.input_values(num_digits=UNBOUNDED)
         for position, task in enumerate(self._tasks):
@@ -185,10 +245,6 @@ class CompositeTask(Task):
     @property
     def tasks(self) -> tuple[Task, ...]:
         return self._tasks
-
-    @property
-    def has_repeats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._tasks[0].has_repeats
 
     def solve(self, x: np.ndarray) -> np.ndarray:
         for task in self._tasks:
@@ -210,16 +266,14 @@ class CompositeTask(Task):
             x = task.solve(x)
         return is_defined
 
-    @property
-    def requirement(self) -> str:
-        return "one of its tasks would meet a row on which it has no meaning"
-
     def __str__(self) -> str:
         return "+".join(map(str, self._tasks))
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._tasks))
 
+
+del Task._classes["CompositeTask"]  # made with "+", not by name
 
 # ------------------------------------------------------------------------------------------------- sorting
 
@@ -231,10 +285,8 @@ class SortAscending(Task):
         return np.sort(x, axis=-1)
 
     def output_values(self, values, length):
-        first, rest = values
-        if length == 1:
-            return values
-        return Values(Interval(min(first.low, rest.low), min(first.high, rest.high)), values.all)
+        smallest = Interval(*map(min, *values))
+        return values if length == 1 else Values(smallest, values.all)
 
 
 class SortDescending(Task):
@@ -244,10 +296,8 @@ class SortDescending(Task):
         return -np.sort(-x, axis=-1)
 
     def output_values(self, values, length):
-        first, rest = values
-        if length == 1:
-            return values
-        return Values(Interval(max(first.low, rest.low), max(first.high, rest.high)), values.all)
+        largest = Interval(*map(max, *values))
+        return values if length == 1 else Values(largest, values.all)
 
 
 # ------------------------------------------------------------------------------------- elementwise functions
@@ -267,6 +317,7 @@ class InverseBinary(Task):
     """1 - x, on rows of zeros and ones."""
 
     has_repeats = False
+    requirement = "it works on zeros and ones only"
 
     def solve(self, x):
         return 1 - x
@@ -276,15 +327,11 @@ class InverseBinary(Task):
 
     def output_values(self, values, length):
         if values.all.low < 0 or values.all.high > 1:
-            raise ValueError("it works on zeros and ones only, and its input can be something else")
+            raise ValueError(f"{self.requirement}, and its input can be something else")
         return values.map(lambda part: Interval(1 - part.high, 1 - part.low))
 
     def is_defined(self, x):
         return ((x == 0) | (x == 1)).all(axis=-1)
-
-    @property
-    def requirement(self):
-        return "it works on zeros and ones only"
 
 
 class DoubleHistogram(Task):
@@ -336,6 +383,8 @@ class FilterAtLeastNTimes(Task):
 class _DividesByArgument(Task):
     """What Modulo, Divisible and NotDivisible share: the argument is a divisor."""
 
+    requirement = "it divides by the row's first element, which must be positive"
+
     def input_values(self, num_digits):
         return _small_argument(num_digits)
 
@@ -346,10 +395,6 @@ class _DividesByArgument(Task):
 
     def is_defined(self, x):
         return x[..., 0] > 0
-
-    @property
-    def requirement(self):
-        return "it divides by the row's first element, which must be positive"
 
     @staticmethod
     def _remainder(x):
@@ -402,28 +447,17 @@ def _small_argument(num_digits: int) -> Values:
 
 
 PRETRAINING_TASKS = (
-    SortAscending(),
-    SortDescending(),
-    Add1(),
-    Modulo(),
-    LessThan(),
-    Divisible(),
-    InverseBinary(),
+    *(SortAscending(), SortDescending(), Add1(), Modulo()),
+    *(LessThan(), Divisible(), InverseBinary()),
 )
 """The seven tasks that the flagship experiment pretrains on."""
 
 TEST_TASKS = (
-    MoreThanEqual(),
-    NotDivisible(),
-    DoubleHistogram(),
-    FilterAtLeastNTimes(),
-    SortAscending() + Add1(),
-    Add1() + LessThan(),
-    LessThan() + Add1(),
-    LessThan() + SortAscending(),
-    Divisible() + Add1(),
+    *(MoreThanEqual(), NotDivisible(), DoubleHistogram(), FilterAtLeastNTimes()),
+    *(SortAscending() + Add1(), Add1() + LessThan(), LessThan() + Add1()),
+    *(LessThan() + SortAscending(), Divisible() + Add1()),
 )
-"""The nine that the model never sees before a prefix is learned: four new ones and five compositions."""
+"""The nine that the model meets only when a prefix is trained: four new ones and five compositions."""
 
-SIMPLE_TASKS = tuple(cls() for cls in _simple_task_classes(Task))
+SIMPLE_TASKS = tuple(cls() for cls in Task._classes.values())
 """The eleven tasks that compositions are made of."""

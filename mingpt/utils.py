@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -9,9 +10,10 @@ import os
 import random
 import re
 import sys
+import textwrap
 import warnings
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,12 @@ def set_seed(seed: int) -> None:
     The datasets do not depend on it: their rows are a function of their own arguments.
     """
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one is what is to be seeded)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator is the one to seed)
     torch.manual_seed(seed)
 
 
 def derived_seed(seed: int, name: object) -> int:
-    """A seed, below 2^56, for one of several things that share ``seed``: a hash of it and of the thing's name."""
+    """A seed below 2^56 for one of several things that share ``seed``: a hash of it and of the thing's name."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest(), "little")
 
 
@@ -83,22 +85,34 @@ def match_rules(
 class CfgNode:
     """A configuration that knows its keys: attributes in a fixed set, nested nodes allowed.
 
-    The keys are those given to the constructor and those set while the node is still open, as
-    minGPT's scripts build their nodes attribute by attribute; ``close()`` ends that. On a closed node an unknown
-    key is kept, so that old scripts run, but warned about with the nearest known key.
+    The keys are those given to the constructor and those set while the node is open, as minGPT's scripts build their
+    nodes attribute by attribute. ``close()`` ends that. A closed node keeps an unknown key, so that old scripts run,
+    and warns with the nearest known key.
+
+    Assigning an attribute is free. What comes from outside is checked: ``override``, ``merge_from_args`` and
+    ``update_from`` accept only known keys and values of the type that the key's default has.
     """
 
     def __init__(self, **kwargs: Any):
-        self.__dict__["_is_closed"] = False
+        self.__dict__["_defaults"] = None  # the values when the node was closed
+        self.__dict__["_choices"] = {}
         self.__dict__.update(kwargs)
 
-    def close(self) -> CfgNode:
-        """Fix the set of keys; a new one set after this is warned about. Returns the node itself."""
-        self.__dict__["_is_closed"] = True
+    def close(self, **choices: Sequence[Any]) -> CfgNode:
+        """Fix the set of keys and their defaults; a new key set after this is warned about.
+
+        Args:
+            choices: the only values that some keys take, ``close(progress=("auto", True, False))``. Any other key
+                takes values of its default's type, and any value where the default is None.
+
+        Returns:
+            The node itself.
+        """
+        self.__dict__.update(_defaults=self.to_dict(), _choices=choices)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._is_closed and name not in self.__dict__:
+        if self._defaults is not None and name not in self.__dict__:
             known = self.to_dict()
             warnings.warn(
                 f"unknown configuration key {name!r} has no effect{nearest(name, known)}. Known: {', '.join(known)}",
@@ -118,27 +132,21 @@ class CfgNode:
         return f"CfgNode({', '.join(f'{k}={v!r}' for k, v in self._items())})"
 
     def __str__(self) -> str:
-        return "".join(self._lines(0))
+        return "".join(
+            f"{key}:\n{textwrap.indent(str(value), '    ')}" if isinstance(value, CfgNode) else f"{key}: {value}\n"
+            for key, value in self._items()
+        )
 
     def _items(self) -> list[tuple[str, Any]]:
-        return [(k, v) for k, v in self.__dict__.items() if k != "_is_closed"]
-
-    def _lines(self, indent: int) -> Iterable[str]:
-        for key, value in self._items():
-            if isinstance(value, CfgNode):
-                yield f"{'    ' * indent}{key}:\n"
-                yield from value._lines(indent + 1)
-            else:
-                yield f"{'    ' * indent}{key}: {value}\n"
+        return [(k, v) for k, v in self.__dict__.items() if k not in ("_defaults", "_choices")]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries."""
         return {k: v.to_dict() if isinstance(v, CfgNode) else v for k, v in self._items()}
 
     def copy(self) -> CfgNode:
-        """Return a copy whose nested nodes are copies too; values are shared."""
-        node = CfgNode(**{k: v.copy() if isinstance(v, CfgNode) else v for k, v in self._items()})
-        return node.close() if self._is_closed else node
+        """Return a copy whose nested nodes and values are copies too."""
+        return copy.deepcopy(self)
 
     def merge_from_dict(self, values: Mapping[str, Any]) -> None:
         """Set each key to its value, as assignment would."""
@@ -148,41 +156,118 @@ class CfgNode:
     def override(self, key: str, value: Any) -> None:
         """Set a dotted key that must exist, ``override("trainer.max_iters", 10)``.
 
+        The value is stored in the type of the key's default: an integer becomes a float where the default is one, an
+        integral float an integer, a list a tuple.
+
         Raises:
-            ValueError: for an unknown key, with the nearest known one.
+            ValueError: for an unknown key, with the nearest known one, or a value of another type.
         """
-        node: Any = self
-        *parents, leaf = key.split(".")
-        for depth, name in enumerate([*parents, leaf]):
-            if not isinstance(node, CfgNode) or name not in node.to_dict():
-                known = node.to_dict() if isinstance(node, CfgNode) else {}
-                raise ValueError(
-                    f"unknown configuration key {key!r}{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
-                )
-            if depth < len(parents):
-                node = getattr(node, name)
-        if isinstance(getattr(node, leaf), CfgNode):
-            raise ValueError(
-                f"configuration key {key!r} is a group; set one of {', '.join(getattr(node, leaf).to_dict())}"
-            )
-        setattr(node, leaf, value)
+        node, leaf = self._find(key)
+        default, none_words = node._default(leaf)
+        choices = node._choices.get(leaf)
+        try:
+            if choices is not None:
+                value = next(choice for choice in choices if type(choice) is type(value) and choice == value)
+            elif value is not None or not none_words:
+                value = _of_type(value, default)
+        except (TypeError, StopIteration):
+            expected = f"one of {', '.join(map(str, choices))}" if choices else _type_name(default)
+            expected += " or none" if "none" in none_words else ""
+            raise ValueError(f"configuration key {key!r} takes {expected}, got {value!r}") from None
+        node.__dict__[leaf] = value
 
     def merge_from_args(self, args: Iterable[str]) -> None:
         """Apply command-line overrides, ``--model.n_layer=10``.
 
+        true, false and none are read as Python's True, False and None are. A key whose default is text takes the text
+        as it stands; only ``None``, as Python writes it, is None there.
+
         Raises:
-            ValueError: for an argument that is not ``--key=value`` or whose key does not exist.
+            ValueError: for an argument that is not ``--key=value``, an unknown key, or a value of another type than
+                the key's default.
         """
         for arg in args:
-            key, equals, value = arg.partition("=")
+            key, equals, text = arg.partition("=")
             if not equals or not key.startswith("--"):
                 raise ValueError(f"expected an override of the form --key=value, got {arg!r}")
-            self.override(key[2:], parse_value(value))
+            node, leaf = self._find(key[2:])
+            default, none_words = node._default(leaf)
+            if leaf in node._choices:
+                value = {str(choice).lower(): choice for choice in node._choices[leaf]}.get(text.lower(), text)
+            elif text in none_words:
+                value = None
+            else:
+                value = text if isinstance(default, str) else parse_value(text)
+            self.override(key[2:], value)
+
+    def update_from(self, values: Mapping[str, Any], source: str) -> None:
+        """Set the keys of nested dictionaries, as a saved configuration has them; other keys keep their values.
+
+        Args:
+            values: as ``to_dict`` gives them, also after a journey through JSON.
+            source: where they come from, for error messages.
+
+        Raises:
+            ValueError: for an unknown key or a value of another type, naming ``source``, the key and the value.
+        """
+        for key, value in values.items():
+            group = self.__dict__.get(key)
+            if isinstance(group, CfgNode) and isinstance(value, Mapping):
+                group.update_from(value, f"{source}, {key}")
+                continue
+            try:
+                self.override(key, value)
+            except ValueError as error:
+                raise ValueError(f"{source}, {key} = {value!r}: {error}") from None
+
+    def _find(self, key: str) -> tuple[CfgNode, str]:
+        """The node that a dotted key is in, and the key's last part."""
+        parent, node, leaf = self, self, key.rpartition(".")[2]
+        for name in key.split("."):
+            known = node.to_dict() if isinstance(node, CfgNode) else {}
+            if name not in known:
+                raise ValueError(
+                    f"unknown configuration key {key!r}{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
+                )
+            parent, node = node, getattr(node, name)
+        if isinstance(node, CfgNode):
+            raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(node.to_dict())}")
+        return parent, leaf
+
+    def _default(self, leaf: str) -> tuple[Any, tuple[str, ...]]:
+        """A value of the key's type, None where any will do, and the texts that mean None for this key."""
+        value = getattr(self, leaf)
+        default = (self._defaults or {}).get(leaf, value)
+        if default is None:
+            return value, ("none", "None")
+        return default, ("None",) if isinstance(default, str) else ()
+
+
+def _of_type(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``; a TypeError where that would lose something."""
+    value = value.item() if isinstance(value, np.generic) else value
+    match default, value:
+        case (int() | float(), int() | float()) if not isinstance(default, bool) and not isinstance(value, bool):
+            if isinstance(default, float) or value == value // 1:
+                return type(default)(value)
+        case (tuple(), list() | tuple()):
+            if len(default) == len(value):
+                return tuple(map(_of_type, value, default))
+        case (list(), tuple()):
+            return list(value)
+        case _ if default is None or type(value) is type(default):
+            return value
+    raise TypeError
+
+
+def _type_name(default: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    return names.get(type(default), f"a {type(default).__name__} such as {default!r}")
 
 
 def parse_value(text: str) -> Any:
-    """Read a Python literal (``3``, ``1e-3``, ``[1, 2]``, ``None``, ``True``); other text stays a string."""
+    """Read true, false, none or a Python literal (``3``, ``1e-3``, ``[1, 2]``, ``True``); other text stays a string."""
     try:
-        return literal_eval(text)
+        return literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

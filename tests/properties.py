@@ -1,14 +1,14 @@
-"""Laws: what every task must satisfy, whoever wrote it.
+"""Properties: what every task must satisfy, whoever wrote it.
 
-A new task is checked in one line, ``check_task_laws(MyTask())``, or on generated rows::
+A new task is checked in one line, ``check_task_properties(MyTask())``, or on generated rows::
 
     @given(st.data())
     def test_my_task(data):
-        check_task_laws(MyTask(), **data.draw(posed_rows(MyTask())))
+        check_task_properties(MyTask(), **data.draw(posed_rows(MyTask())))
 
 And a new logits processor in one, ``check_processor_laws(MyProcessor())``.
 
-Each law is a function that raises ``AssertionError`` with what was broken; ``check_task_laws`` and
+Each property is a function that raises ``AssertionError`` with what was broken; ``check_task_properties`` and
 ``check_processor_laws`` run them all.
 """
 
@@ -30,7 +30,7 @@ from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
 # --------------------------------------------------------------------------------------------------- tasks
 
 
-def check_task_laws(
+def check_task_properties(
     task: Task, rows: np.ndarray | None = None, num_digits: int = 10, length: int = 7, seed: int = 0
 ) -> None:
     """Check everything that a task, simple or composed, promises.
@@ -43,7 +43,7 @@ def check_task_laws(
         seed: of the rows that are drawn.
 
     Raises:
-        AssertionError: if a law is broken, with which one.
+        AssertionError: if a property is broken, with which one.
     """
     if rows is None:
         rows = draw_rows(task, num_digits, length, n_rows=24, seed=seed)
@@ -86,10 +86,11 @@ def check_is_function_of_row(task: Task, rows: np.ndarray) -> None:
 
 
 def check_leaves_input_alone(task: Task, rows: np.ndarray) -> None:
-    """The input is not changed, and the solution shares no memory with it."""
+    """The input is not changed, also where ``solve`` is called itself, and the solution shares no memory with it."""
     given, as_tensor, as_list = rows.copy(), torch.from_numpy(rows.copy()), rows.tolist()
     solution, tensor_solution = task(given), task(as_tensor)
     task(as_list)
+    task.solve(given)
     assert np.array_equal(given, rows), f"{task} changed its input"
     assert np.array_equal(as_tensor.numpy(), rows), f"{task} changed the tensor it was given"
     assert as_list == rows.tolist(), f"{task} changed the list it was given"
@@ -98,9 +99,9 @@ def check_leaves_input_alone(task: Task, rows: np.ndarray) -> None:
 
 
 def check_kinds_agree(task: Task, rows: np.ndarray) -> None:
-    """Arrays, tensors and lists of any integer type give the same values, and arrays and tensors keep their type."""
+    """Arrays, tensors and lists of any integer type give the same values and keep their type."""
     expected = task(rows)
-    assert np.array_equal(np.asarray(task(rows.tolist())), expected), f"{task} solves a list differently"
+    assert task(rows.tolist()) == expected.tolist(), f"{task} solves a list differently"
     strided = np.repeat(rows, 2, axis=-1)[..., ::2]
     assert np.array_equal(task(strided), expected), f"{task} solves a strided array differently"
     for dtype in (np.int16, np.int32, np.int64):
@@ -118,7 +119,7 @@ def check_kinds_agree(task: Task, rows: np.ndarray) -> None:
 
 
 def check_is_defined_and_in_range(task: Task, rows: np.ndarray, num_digits: int) -> None:
-    """The task has a meaning on every row it is posed on, and its solutions hold only the values it declared."""
+    """The task is defined on every row it is posed on, and its solutions hold only the values it declared."""
     values = task.input_values(num_digits)
     assert contains(values, rows), f"{rows} are not rows that {task} is posed on, {values}"
     is_defined = task.is_defined(rows)

@@ -156,7 +156,7 @@ def test_tasks_lists_each_with_a_right_sample(run):
     for task in SIMPLE_TASKS:
         (place,) = [i for i, line in enumerate(lines) if line.split(" ")[0] == str(task)]
         given, solution = ([int(word) for word in side.split()] for side in lines[place + 1].split("->"))
-        assert Task.parse(str(task))(given).tolist() == solution
+        assert Task.parse(str(task))(given) == solution
 
 
 @pytest.mark.parametrize(

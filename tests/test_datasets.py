@@ -29,6 +29,7 @@ from mingpt.tasks import (
     Divisible,
     DoubleHistogram,
     FilterAtLeastNTimes,
+    Interval,
     InverseBinary,
     LessThan,
     Modulo,
@@ -36,6 +37,7 @@ from mingpt.tasks import (
     SortAscending,
     SortDescending,
     Task,
+    Values,
 )
 
 IGNORED = -1
@@ -61,7 +63,7 @@ def test_example_is_padding_input_solution(split, data):
     assert x.dtype == y.dtype == torch.int64
     for index, x_row, y_row in zip(indices, x.tolist(), y.tolist(), strict=True):
         row = x_row[padding : padding + length]
-        sequence = [0] * padding + row + tasks[index % len(tasks)](row).tolist()
+        sequence = [0] * padding + row + tasks[index % len(tasks)](row)
         assert x_row == sequence[:-1]
         n_silent = padding + length - 1
         assert y_row == [IGNORED] * n_silent + sequence[n_silent + 1 :]
@@ -103,6 +105,57 @@ def test_vocabulary_holds_every_token(tasks, length, num_digits, vocab_size):
     inputs, solutions = dataset.rows(range(2000))
     assert max(inputs.max(), solutions.max()) < vocab_size
     assert min(inputs.min(), solutions.min()) >= 0
+
+
+class ReadsMore(Task):
+    """Whether x is large, on rows of 1..30 (or what it is told)."""
+
+    def __init__(self, low=1, high=30):
+        self.low, self.high = low, high
+
+    def solve(self, x):
+        return (x > 15).astype(np.int64)
+
+    def input_values(self, num_digits):
+        return Values(Interval(self.low, self.high), Interval(self.low, self.high))
+
+    def output_values(self, values, length):
+        return values.map(lambda _: Interval(0, 1))
+
+
+def test_vocabulary_holds_the_inputs_too():
+    dataset = CustomDataset("train", [Add1(), ReadsMore()], prefix_padding=2)
+    assert dataset.get_vocab_size() == 31
+    assert dataset.batch(range(500))[0].max() == 30
+    assert CustomDataset("train", [ReadsMore(high=9)]).get_vocab_size() == 13
+
+
+def test_negative_inputs_are_refused():
+    with pytest.raises(ValueError, match=r"ReadsMore\(-1, 30\) can read -1, and tokens are not negative"):
+        CustomDataset("train", [Add1(), ReadsMore(-1)])
+
+
+def test_negative_outputs_are_refused():
+    class Minus(Task):
+        def solve(self, x):
+            return -x
+
+        def output_values(self, values, length):
+            return values.map(lambda part: Interval(-part.high, -part.low))
+
+    with pytest.raises(ValueError, match="Minus can produce -10, and tokens are not negative"):
+        CustomDataset("train", [Minus()])
+
+
+@pytest.mark.parametrize("vocab_size, block_size", [(13, 29), (14, 22), (13, 22)])
+def test_a_model_that_is_too_small_for_the_data_is_refused_with_both_numbers(vocab_size, block_size):
+    dataset = CustomDataset("train", [Add1() + Add1() + Add1()], prefix_padding=4)
+    assert (dataset.get_vocab_size(), dataset.get_block_size()) == (14, 23)
+    needed = "vocabulary is 13, and the data need 14" if vocab_size == 13 else "block size is 22, and the data need 23"
+    with pytest.raises(ValueError, match=needed):
+        dataset.check_fits(vocab_size, block_size)
+    dataset.check_fits(14, 23)
+    dataset.check_fits(vocab_size=100, block_size=100)
 
 
 # --------------------------------------------------------------------------- a pure function of its description
@@ -365,7 +418,7 @@ def test_half_of_the_rows_have_few_values_and_the_rest_look_uniform(split, lengt
     uniform = rows[~is_repeated]
     for left, right in itertools.combinations([0, 1, length // 2, length - 1], 2):
         cells = (uniform[:, left] - 1) // 125 * 8 + (uniform[:, right] - 1) // 125
-        assert chi_square(np.bincount(cells, minlength=64)) < 6, "two places of a row depend on each other"
+        assert chi_square(np.bincount(cells, minlength=64)) < 6, "two positions of a row depend on each other"
     following = (uniform[:-1, 0] - 1) // 125 * 8 + (uniform[1:, 0] - 1) // 125
     assert chi_square(np.bincount(following, minlength=64)) < 6, "a row depends on the one before"
 
@@ -453,7 +506,9 @@ def test_description_with_changes():
     dataset = CustomDataset("train", [Add1()], length=6, seed=3)
     description = dataset.describe()
     test = CustomDataset.from_description(description, split="test", prefix_padding=4)
-    assert test.describe() == description | {"split": "test", "prefix_padding": 4}
+    other_rows = {"rows_hash": test.rows_hash()}
+    assert test.describe() == description | {"split": "test", "prefix_padding": 4} | other_rows
+    assert test.rows_hash() != dataset.rows_hash()
     assert description == dataset.describe()  # reading it does not use it up
 
 
@@ -462,6 +517,58 @@ def test_description_of_another_split_is_refused():
     assert description["split_version"] == SPLIT_VERSION
     with pytest.raises(ValueError, match=f"version {SPLIT_VERSION + 1}, this package has {SPLIT_VERSION}"):
         CustomDataset.from_description(description | {"split_version": SPLIT_VERSION + 1})
+
+
+def make_edited(shift):
+    """A task whose code says ``shift``, as a notebook's cell that is edited and run again makes it."""
+
+    class Edited(Task):
+        def solve(self, x):
+            return np.where(x == 7, x + shift, x)
+
+        def output_values(self, values, length):
+            return values.map(lambda part: Interval(part.low, part.high + 3))
+
+    return Edited()
+
+
+def test_an_edited_solve_is_another_identity():
+    dataset = CustomDataset("train", [Add1(), make_edited(1)], prefix_padding=3)
+    description = json.loads(json.dumps(dataset.describe()))
+    assert CustomDataset.from_description(description).describe() == description
+    edited = CustomDataset("train", [Add1(), make_edited(2)], prefix_padding=3)
+    assert edited.describe()["rows_hash"] != description["rows_hash"]
+    assert edited.describe() | {"rows_hash": None} == description | {"rows_hash": None}
+    for changes in ({}, {"prefix_padding": 0}, {"split": "test"}):
+        with pytest.raises(ValueError, match="Add1, Edited are not those that were described"):
+            CustomDataset.from_description(description, **changes)
+    assert CustomDataset.from_description(description, tasks=[Add1()]).tasks == (Add1(),)
+    del description["rows_hash"]  # of a version that did not write it
+    assert CustomDataset.from_description(description).tasks == edited.tasks
+
+
+def test_rows_hash_is_of_rows_and_nothing_else():
+    tasks = [Add1(), Modulo(), InverseBinary()]
+    base = CustomDataset("train", tasks, length=8)
+    same = [CustomDataset("train", tasks, length=8, **change) for change in ({"prefix_padding": 5}, {"size": 3})]
+    assert {each.rows_hash() for each in same} == {base.rows_hash()}
+    changes = ({"seed": 1}, {"length": 9}, {"num_digits": 9}, {"tasks": tasks[::-1]}, {"split": "test"})
+    others = [CustomDataset(**({"split": "train", "tasks": tasks, "length": 8} | change)) for change in changes]
+    assert len({each.rows_hash() for each in [base, *others]}) == 6
+    assert base.rows_hash() == "1aee06ac107a70973a4edf3404b4377b"  # the same on every machine and in every version
+
+
+def test_a_description_of_tasks_that_are_not_known_can_be_used_for_others():
+    description = CustomDataset("train", [Add1()]).describe() | {"tasks": ["NotImported"]}
+    with pytest.raises(ValueError, match="unknown task 'NotImported'"):
+        CustomDataset.from_description(description)
+    assert CustomDataset.from_description(description, tasks=[Modulo()]).tasks == (Modulo(),)
+
+
+def test_repr_builds_no_rows():
+    """Also where there are too few of them."""
+    dataset = CustomDataset("test", [InverseBinary()], length=1)
+    assert repr(dataset).startswith("CustomDataset(split='test', tasks=['InverseBinary'], length=1")
 
 
 def test_sizes_may_be_numpy_integers():
@@ -497,6 +604,13 @@ def test_sizes_may_be_numpy_integers():
         ({"num_digits": 1}, ValueError, "num_digits must be at least 2, got 1"),
         ({"prefix_padding": -1}, ValueError, "prefix_padding must be at least 0, got -1"),
         ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+        ({"length": 10.7}, TypeError, "length must be an integer, got 10.7"),
+        ({"length": 10.0}, TypeError, "length must be an integer, got 10.0"),
+        ({"length": True}, TypeError, "length must be an integer, got True"),
+        ({"num_digits": "10"}, TypeError, "num_digits must be an integer, got '10'"),
+        ({"prefix_padding": None}, TypeError, "prefix_padding must be an integer, got None"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"size": np.float64(9)}, TypeError, "size must be an integer"),
         ({"tasks": [Add1(), Modulo()], "num_digits": 3}, ValueError, "num_digits = 3 leaves no rows for Modulo"),
         ({"tasks": [FilterAtLeastNTimes() + Add1()], "num_digits": 2}, ValueError, "num_digits = 2 leaves no rows"),
     ],

@@ -88,8 +88,10 @@ def test_merge_from_args_as_minGPT():
         "model": {"n_layer": 10, "n_head": 2, "model_type": None},
         "betas": (0.1, 0.2),
     }
-    config.merge_from_args(["--model.model_type=gpt-mini", "--model.n_head=None"])
-    assert (config.model.model_type, config.model.n_head) == ("gpt-mini", None)
+    config.merge_from_args(["--model.model_type=gpt-mini"])
+    assert config.model.model_type == "gpt-mini"
+    config.merge_from_args(["--model.model_type=None"])
+    assert config.model.model_type is None
     config.merge_from_args([])
     assert config.model.n_layer == 10
 
@@ -107,6 +109,8 @@ def test_merge_from_args_as_minGPT():
         ("model.n_layer=3", "--key=value"),
         ("-model.n_layer=3", "--key=value"),
         ("--model.n_layer", "--key=value"),
+        ("--_choices={}", "unknown configuration key"),
+        ("--_defaults=None", "unknown configuration key"),
         ("--to_dict=3", "unknown configuration key"),
         ("--_is_closed=False", "unknown configuration key"),
     ],
@@ -122,9 +126,169 @@ def test_override():
     config = make_config()
     config.override("model.n_head", 8)
     config.override("betas", [1, 2])
-    assert (config.model.n_head, config.betas) == (8, [1, 2])
+    assert (config.model.n_head, config.betas) == (8, (1.0, 2.0))
     with pytest.raises(ValueError, match="did you mean 'n_head'"):
         config.override("model.n_heads", 8)
+
+
+def make_typed():
+    """A key of every type."""
+    return CfgNode(
+        flag=False, count=4, rate=0.5, name="adamw", path=None, betas=(0.9, 0.95), layers=[1], gelu="none", bar="auto"
+    ).close(bar=("auto", True, False))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("flag=true", True),
+        ("flag=True", True),
+        ("flag=false", False),
+        ("flag=False", False),
+        ("count=-3", -3),
+        ("count=1e3", 1000),
+        ("count=2.0", 2),
+        ("rate=2", 2.0),
+        ("rate=1e-3", 1e-3),
+        ("name=muon", "muon"),
+        ("name=3", "3"),
+        ("name=false", "false"),
+        ("name=None", None),
+        ("gelu=none", "none"),
+        ("path=runs/1", "runs/1"),
+        ("path=none", None),
+        ("path=3", 3),
+        ("path=true", True),
+        ("betas=[1, 0.5]", (1.0, 0.5)),
+        ("layers=(3, 4)", [3, 4]),
+        ("layers=[]", []),
+        ("bar=auto", "auto"),
+        ("bar=false", False),
+        ("bar=True", True),
+    ],
+)
+def test_an_override_is_read_in_the_type_of_the_default(argument, value):
+    config = make_typed()
+    config.merge_from_args([f"--{argument}"])
+    found = getattr(config, argument.partition("=")[0])
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("flag=yes", "true or false"),
+        ("flag=0", "true or false"),
+        ("flag=none", "true or false"),
+        ("count=abc", "an integer"),
+        ("count=1.5", "an integer"),
+        ("count=true", "an integer"),
+        ("count=none", "an integer"),
+        ("count=1e999", "an integer"),
+        ("rate=abc", "a number"),
+        ("rate=false", "a number"),
+        ("rate=[1]", "a number"),
+        ("betas=0.5", "a tuple such as (0.9, 0.95)"),
+        ("betas=(0.5,)", "a tuple such as (0.9, 0.95)"),
+        ("betas=('a', 'b')", "a tuple such as (0.9, 0.95)"),
+        ("layers=3", "a list such as [1]"),
+        ("bar=yes", "one of auto, True, False"),
+        ("bar=1", "one of auto, True, False"),
+    ],
+)
+def test_an_override_of_another_type_is_one_line_and_changes_nothing(argument, expected):
+    config = make_typed()
+    with pytest.raises(ValueError) as error:
+        config.merge_from_args([f"--{argument}"])
+    key, _, text = argument.partition("=")
+    message = str(error.value)
+    assert f"{key!r} takes {expected}, got " in message
+    assert repr(parse_value(text)).strip("'") in message
+    assert "\n" not in message
+    assert config == make_typed()
+
+
+def test_the_defaults_of_the_package_are_typed():
+    from mingpt.experiments.reproduction import get_default_config
+
+    config = get_default_config()
+    config.merge_from_args(["--model.skip_layer_norm=false", "--trainer.compile=false", "--trainer.progress=false"])
+    assert (config.model.skip_layer_norm, config.trainer.compile, config.trainer.progress) == (False, False, False)
+    config.merge_from_args(["--trainer.max_iters=none", "--model.gelu_approximate=none", "--trainer.device=cuda:1"])
+    assert (config.trainer.max_iters, config.model.gelu_approximate) == (None, "none")
+    assert config.trainer.device == "cuda:1"
+    for text in ("abc", "1e-2", "none"):
+        with pytest.raises(ValueError, match=r"'trainer.batch_size' takes an integer"):
+            config.merge_from_args([f"--trainer.batch_size={text}"])
+
+
+def test_a_key_without_a_default_keeps_the_type_that_it_was_given():
+    config = CfgNode(max_iters=None, path=None).close()
+    config.max_iters, config.path = 700, "runs/0"  # as a preset does
+    for text, value in (("1e3", 1000), ("none", None)):
+        config.merge_from_args([f"--max_iters={text}", "--path=3"])
+        assert (config.max_iters, config.path) == (value, "3")
+    config.max_iters = 700
+    with pytest.raises(ValueError, match="'max_iters' takes an integer or none, got 'abc'"):
+        config.merge_from_args(["--max_iters=abc"])
+
+
+def test_override_takes_values_of_the_keys_type():
+    config = make_typed()
+    for key, value in {"count": np.int64(7), "rate": np.float32(0.25), "name": None, "bar": False}.items():
+        config.override(key, value)
+    assert [type(each) for each in (config.count, config.rate)] == [int, float]
+    for key, value in {"count": "7", "rate": "0.5", "name": 3, "flag": 1, "bar": 0, "betas": None}.items():
+        with pytest.raises(ValueError, match=f"'{key}' takes "):
+            config.override(key, value)
+
+
+def test_assignment_stays_free():
+    """As minGPT's scripts do it."""
+    config = make_typed()
+    config.count, config.flag = "abc", None
+    assert (config.count, config.flag) == ("abc", None)
+    config.override("count", 3)  # its default still says what it is
+    assert config.count == 3
+
+
+def test_the_types_survive_copies():
+    for config in duplicates(make_typed()).values():
+        config.name = None
+        config.override("name", "muon")
+        config.merge_from_args(["--bar=false"])
+        assert config.bar is False
+        with pytest.raises(ValueError, match="takes an integer"):
+            config.override("count", "abc")
+
+
+# ---------------------------------------------------------------------------------------- a saved configuration
+
+
+def test_update_from_reads_what_json_keeps():
+    config, saved = make_config(), make_config()
+    saved.model.n_layer, saved.betas, saved.system.work_dir = 7, (0.1, 0.2), "elsewhere"
+    config.update_from(json.loads(json.dumps(saved.to_dict())), "config.json")
+    assert config == saved
+    config.update_from({"model": {"n_head": 8}}, "config.json")  # a missing key keeps its value
+    assert (config.model.n_head, config.model.n_layer) == (8, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"n_layers": 3}}, r"runs/0/config.json, model, n_layers = 3: .*did you mean 'n_layer'"),
+        ({"model": {"n_layer": "3"}}, r"runs/0/config.json, model, n_layer = '3': .*'n_layer' takes an integer"),
+        ({"extra": {"a": 1}}, r"runs/0/config.json, extra = {'a': 1}: unknown"),
+        ({"model": 3}, r"runs/0/config.json, model = 3: .* is a group"),
+        ({"betas": {"a": 1}}, r"betas = {'a': 1}: .*a tuple such as"),
+        ({"_defaults": {}}, "unknown configuration key '_defaults'"),
+    ],
+)
+def test_update_from_is_strict(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_config().update_from(values, "runs/0/config.json")
 
 
 @pytest.mark.parametrize("name", ["a", "model"])
@@ -141,6 +305,9 @@ def test_a_key_may_have_its_groups_name(name):
         ("1e-3", 1e-3),
         ("True", True),
         ("None", None),
+        ("true", True),
+        ("false", False),
+        ("none", None),
         ("[1, 2]", [1, 2]),
         ("'3'", "3"),
         ("gpt-mini", "gpt-mini"),
@@ -182,10 +349,10 @@ def duplicates(config):
     }
 
 
-@pytest.mark.parametrize("how", ["copy", "copy.copy", "deepcopy", "pickle"])
-def test_copies_are_equal_and_still_closed(how):
+@pytest.mark.parametrize("kind", ["copy", "copy.copy", "deepcopy", "pickle"])
+def test_copies_are_equal_and_still_closed(kind):
     config = make_config()
-    other = duplicates(config)[how]
+    other = duplicates(config)[kind]
     assert isinstance(other, CfgNode)
     assert other is not config
     assert other == config
@@ -196,10 +363,10 @@ def test_copies_are_equal_and_still_closed(how):
     assert other != config
 
 
-@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
-def test_copies_are_independent(how):
+@pytest.mark.parametrize("kind", ["copy", "deepcopy", "pickle"])
+def test_copies_are_independent(kind):
     config = make_config()
-    other = duplicates(config)[how]
+    other = duplicates(config)[kind]
     other.model.n_layer = 99
     other.override("system.work_dir", "elsewhere")
     other.betas = None
