@@ -155,7 +155,7 @@ class Trainer:
         data = self.train_dataset
         if not isinstance(data, CustomDataset) or not isinstance(self.model, GPT):
             return {}
-        return {"n_shared": data.prefix_padding, "n_scored": data.length}
+        return {"n_shared": data.prefix_padding, "n_last": data.length}
 
     def average_gradients(self) -> None:
         """Have every process's gradients be the mean of all; the wrapped model's backward pass has done it here."""
@@ -426,7 +426,7 @@ class PrefixTrainer(AdapterTrainer):
         if isinstance(prefixes, Prefix):
             prefix = prefixes
         elif isinstance(prefixes, Reparametrization):
-            prefix = Prefix("key_value", prefixes.start)
+            prefix = Prefix("key_value", prefixes.init)
         elif is_joint:
             prefix = Prefix("activation", prefixes)
         else:
@@ -455,8 +455,8 @@ class PrefixTrainer(AdapterTrainer):
             raise ValueError(
                 "converged_loss needs a list of datasets and num_workers = 0: which rows are next depends on the losses"
             )
-        self._prefix = prefix  # its kind, places and shape, which has the axis of K in front
-        self._n_scored = getattr(datasets[0], "length", None)
+        self._prefix = prefix  # its kind, placeholders and shape, which has the axis of K in front
+        self._n_last = getattr(datasets[0], "length", None)
         self._n_prefixes = len(datasets)
 
     def describe(self) -> dict[str, Any]:
@@ -480,7 +480,7 @@ class PrefixTrainer(AdapterTrainer):
         values = self.prefixes if isinstance(self.prefixes, Tensor) else self.prefixes()
         values = values.view(self._prefix.values.shape).index_select(0, self._learning)
         prefix = replace(self._prefix, values=values)
-        logits, loss = self._forward(x, y, prefixes=prefix, n_scored=self._n_scored)
+        logits, loss = self._forward(x, y, prefixes=prefix, n_last=self._n_last)
         if self.config.converged_loss:
             with torch.no_grad():
                 scored = y[:, -logits.shape[1] :].flatten()

@@ -167,7 +167,7 @@ def test_a_model_comes_back_as_it_was(tmp_path):
     assert not back.training
     for name, weight in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight)
-    prefixes = {"B": initial_prefix(model, 4), "A+B": initial_prefix(model, 4, how="random")}
+    prefixes = {"B": initial_prefix(model, 4), "A+B": initial_prefix(model, 4, init="random")}
     weights.save_prefixes(tmp_path / "p.safetensors", prefixes, model)
     loaded, _ = weights.load_prefixes(tmp_path / "p.safetensors", back)
     assert list(loaded) == ["B", "A+B"]
