@@ -59,7 +59,7 @@ class Case:
         prefix = Prefix("activation", self.values) if self.kind == "prefix" else None
         with autocast("auto", "cpu"):
             _, loss = self.model(
-                self.x, self.y, prefix, n_shared=0 if prefix else self.sizes["P"], n_scored=self.data.length
+                self.x, self.y, prefix, n_shared=0 if prefix else self.sizes["P"], n_last=self.data.length
             )
         assert loss is not None
         return loss

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,7 +172,7 @@ def predict(
                     model.generate(
                         tokens[rows],
                         length - given.shape[1],
-                        prefixes=None if prefix is None else _of_rows(prefix, n_rows, rows),
+                        prefixes=None if prefix is None else prefix.for_rows(rows, n_rows),
                         logits_processors=processors,
                         forbidden_mass_record=record,
                     )[:, prefix_padding + length :]
@@ -182,12 +182,6 @@ def predict(
     finally:
         model.train(was_training)
     return torch.cat(outputs).cpu().numpy()
-
-
-def _of_rows(prefix: Prefix, n_rows: int, rows: slice) -> Prefix:
-    """The prefixes of some of ``n_rows`` rows."""
-    is_shared = prefix.rows is None and prefix.n_prefixes == 1
-    return prefix if is_shared else replace(prefix, rows=prefix.owners(n_rows)[rows])
 
 
 @dataclass(frozen=True)

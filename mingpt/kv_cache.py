@@ -1,70 +1,69 @@
-"""The past: keys and values of earlier positions, which is all that content sees of them.
+"""The KV cache: keys and values of earlier positions, which is all that content sees of them.
 
-Legend: B batch, G groups of N consecutive rows (B = G * N), S past positions, T new positions, H heads, D channels of
-a head.
+Legend: B batch, G groups of N consecutive rows (B = G * N), S cached positions, T new positions, H heads, D channels of
+a head, L layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of some positions: (G, H, N, S, D) each, or (G, H, 1, S, D) where the rows of a group share them.
 
-The heads come before the rows so that all queries of a group meet what they share in one product a head.
+The heads come before the rows, so one product a head serves all queries of a group. With 16 prefixes of 200 positions a
+training step takes 1.7 to 1.9 times as long when every row has its own copy; with 10 positions it takes the same.
 """
 
 
 class KVCache:
-    """One layer's keys and values of a batch that is being decoded, with room for all positions from the start.
+    """One layer's keys and values while a batch is decoded, with room for all positions from the start.
 
-    Appending writes into that room, where a tuple of tensors would be copied for every token; so it is for decoding
-    only, and gradients do not pass through it.
+    Appending writes into that room, so nothing is copied for a new token. Gradients do not pass through it.
     """
 
-    def __init__(self, past: list[KeysValues], batch_size: int, n_positions: int):
-        """Copy a past for ``batch_size`` rows, and leave room up to ``n_positions``."""
-        _, n_head, _, _, head_size = past[0][0].shape
-        self._keys = past[0][0].new_empty(batch_size, n_head, n_positions, head_size)
+    def __init__(self, cache: LayerCache, batch_size: int, n_positions: int):
+        """Copy a cache for ``batch_size`` rows, and leave room up to ``n_positions``."""
+        first, _ = pieces_of(cache)[0]
+        self._keys = first.new_empty(batch_size, first.shape[1], 1, n_positions, first.shape[-1])
         self._values = self._keys.new_empty(self._keys.shape)
         self.n_filled = 0
-        for keys, values in past:
-            start, self.n_filled = self.n_filled, self.n_filled + keys.shape[3]
-            for room, piece in ((self._keys, keys), (self._values, values)):
-                # (G, N, H, S, D) of the room takes (G, N or 1, H, S, D)
-                room.unflatten(0, (len(piece), -1))[:, :, :, start : self.n_filled] = piece.transpose(1, 2)
+        for piece in pieces_of(cache):
+            # (G, H, N or 1, S, D) to (B, H, 1, S, D)
+            rows = [each.transpose(1, 2).expand(-1, batch_size // len(each), -1, -1, -1) for each in piece]
+            keys, values = (each.flatten(0, 1)[:, :, None] for each in rows)
+            self.append(keys, values)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take keys and values of T further positions, (B, H, T, D), and return all so far, (B, H, S + T, D)."""
-        start, self.n_filled = self.n_filled, self.n_filled + keys.shape[2]
-        self._keys[:, :, start : self.n_filled] = keys
-        self._values[:, :, start : self.n_filled] = values
-        return self._keys[:, :, : self.n_filled], self._values[:, :, : self.n_filled]
+    @property
+    def pieces(self) -> list[KeysValues]:
+        """All keys and values so far as one piece, (B, H, 1, S, D) each: every row is a group."""
+        return [(self._keys[..., : self.n_filled, :], self._values[..., : self.n_filled, :])]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add keys and values of T further positions, (B, H, 1, T, D) each."""
+        start, self.n_filled = self.n_filled, self.n_filled + keys.shape[-2]
+        self._keys[..., start : self.n_filled, :] = keys
+        self._values[..., start : self.n_filled, :] = values
 
     def select(self, rows: Tensor) -> None:
-        """Have row i be what row ``rows[i]`` was, (B',) of int64."""
+        """Replace row i by row ``rows[i]``, (B',) of int64."""
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
 
 LayerCache = list[KeysValues] | KVCache
-"""One layer's past: pieces in the order of their positions, or a cache."""
+"""One layer's KV cache: pieces in the order of their positions, or the buffer of a batch that is being decoded."""
 
-Cache = list[Any]
+Cache = Sequence[LayerCache]
 """The LayerCache of every layer in order."""
 
 
-def by_row(past: Cache) -> Cache:
-    """Make each row of a past that B rows have read a group of its own, which further rows can share."""
-    return [
-        [tuple(each.transpose(1, 2).flatten(0, 1)[:, :, None] for each in piece) for piece in layer] for layer in past
-    ]
+def pieces_of(cache: LayerCache | None) -> list[KeysValues]:
+    """A layer's keys and values in the order of their positions."""
+    return cache.pieces if isinstance(cache, KVCache) else cache or []
 
 
-def n_positions(past: Cache | None) -> int:
-    """S, how many positions a past holds."""
-    if not past:
-        return 0
-    first: LayerCache = past[0]
-    return first.n_filled if isinstance(first, KVCache) else sum(keys.shape[3] for keys, _ in first)
+def n_positions(kv_cache: Cache | None) -> int:
+    """S, how many positions a KV cache holds."""
+    return sum(keys.shape[-2] for keys, _ in pieces_of(kv_cache[0])) if kv_cache else 0

@@ -1,10 +1,10 @@
 """The GPT language model, all of it in this file.
 
-Legend: B batch, T tokens, P prefix positions, S positions of the past, C channels, H heads, D = C / H, L layers,
-V vocabulary.
+Legend: B batch, T tokens, P prefix positions, S cached positions, C channels, H heads, D = C / H, L layers,
+V vocabulary, K prefixes, G groups of N consecutive rows (B = G * N).
 
-There is one attention path: content tokens attend to themselves, causally, and to a ``past`` of keys and values that
-came from somewhere else. A learned prefix, the zeros that stand for one, the tokens generated so far: all are a past.
+There is one attention path: content tokens attend to themselves, causally, and to a KV cache. A trained prefix, the
+padding that stands for one and the tokens generated so far all become keys and values in that cache.
 
 Sources: GPT-2 (Radford et al. 2019); the names and the presets are those of minGPT (Karpathy 2020).
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import reduce
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -22,15 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt.decoding import generation
-from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerCache, by_row, n_positions
-from mingpt.prefix import Prefix, activation_cache, as_prefix, key_value_cache
+from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerCache, n_positions, pieces_of
+from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
 from mingpt.utils import CfgNode, nearest
 
-logger = logging.getLogger("mingpt")
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
-Record = list[tuple[str, Tensor]]
-"""Activations in the order in which they were computed: ("attention", (B, H, T, T)) and
-("attn_block_output", (B, T, C)) for each layer."""
+logger = logging.getLogger("mingpt")
 
 PRESETS = {
     "openai-gpt": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 117M parameters
@@ -51,7 +50,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention of content over a past and, causally, over itself."""
+    """Multi-head self-attention of content over a KV cache and, causally, over itself."""
 
     def __init__(self, config: CfgNode):
         super().__init__()
@@ -62,55 +61,48 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.register_load_state_dict_pre_hook(_drop_mask_buffers)
 
-    def _split_heads(self, x: Tensor, n_parts: int, n_groups: int) -> Tensor:
-        """Cut (B, T, n_parts * C) into (n_parts, G, H, B / G, T, D)."""
+    def _queries_keys_values(self, x: Tensor, n_groups: int) -> Tensor:
+        """Project (B, T, C) to queries, keys and values, (3, G, H, N, T, D)."""
         batch, n_tokens, _ = x.shape
-        parts = x.view(n_groups, batch // n_groups, n_tokens, n_parts, self.n_head, self.n_embd // self.n_head)
-        return parts.permute(3, 0, 4, 1, 2, 5)
+        heads = self.c_attn(x).view(n_groups, batch // n_groups, n_tokens, 3, self.n_head, self.n_embd // self.n_head)
+        return heads.permute(3, 0, 4, 1, 2, 5)
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """The keys and values of ``x`` (G, T, C), which the rows of a group share: (G, H, 1, T, D) each."""
-        _, keys, values = self._split_heads(self.c_attn(x), 3, len(x))
+        _, keys, values = self._queries_keys_values(x, len(x))
         return keys, values
 
     def forward(
-        self, x: Tensor, past: LayerCache | None = None, mask: Tensor | None = None, n_last: int | None = None
-    ) -> tuple[Tensor, LayerCache, Tensor | None]:
-        """Attend.
+        self, x: Tensor, kv_cache: LayerCache | None = None, mask: Tensor | None = None, n_last: int | None = None
+    ) -> tuple[Tensor, LayerCache, Tensor]:
+        """Attend to the cached positions and to the content.
 
         Args:
             x: (B, T, C) the content.
-            past: keys and values of S earlier positions.
+            kv_cache: keys and values of S earlier positions. A KVCache is written to; a list is not.
             mask: (T, S + T) of bool, true where a token must not look, or None where it may look everywhere.
-            n_last: how many last tokens look at all, T' of them; all T by default.
+            n_last: how many last tokens get an output, T' of them; all T by default.
 
         Returns:
-            The output (B, T', C), the past of what may follow, and the attention weights (G, H, B / G, T', S + T),
-            None after a cache.
+            The output (B, T', C), the cache of all S + T positions, and the attention weights (G, H, N, T', S + T).
         """
-        qkv, n_last = self.c_attn(x), n_last or x.shape[1]
-        mask = None if mask is None else mask[-n_last:]
-        if isinstance(past, KVCache):
-            queries, keys, values = self._split_heads(qkv, 3, len(x)).squeeze(3)  # (B, H, T, D)
-            keys, values = past.append(keys, values)
-            may_look = None if mask is None else ~mask
-            mixed = F.scaled_dot_product_attention(queries[:, :, -n_last:], keys, values, may_look).transpose(1, 2)
-            return self._project(mixed), past, None
-        # Written out: at these lengths the fused kernel is twice as slow on a CPU, its backward pass six times.
-        n_groups = len(past[0][0]) if past else 1
-        queries, keys, values = self._split_heads(qkv, 3, n_groups).contiguous()  # (G, H, N, T, D)
-        queries, past = queries[..., -n_last:, :], [*(past or []), (keys, values)]
-        scores = torch.cat([_product(queries, keys.mT) for keys, _ in past], dim=-1) / math.sqrt(queries.shape[-1])
+        # Written out: at these lengths torch's fused kernel is slower on a CPU, its backward pass six times.
+        cached = pieces_of(kv_cache)
+        queries, keys, values = self._queries_keys_values(x, len(cached[0][0]) if cached else 1).contiguous()
+        queries = queries[..., -(n_last or x.shape[1]) :, :]  # (G, H, N, T', D)
+        if isinstance(kv_cache, KVCache):
+            kv_cache.append(keys, values)
+        else:
+            kv_cache = [*cached, (keys, values)]
+        pieces = pieces_of(kv_cache)
+        scores = torch.cat([_product(queries, keys.mT) for keys, _ in pieces], dim=-1) / math.sqrt(queries.shape[-1])
         if mask is not None:
-            scores = scores.masked_fill(mask, float("-inf"))
+            scores = scores.masked_fill(mask[-queries.shape[-2] :], float("-inf"))
         weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # (G, H, N, T', S + T)
-        parts = self.attn_dropout(weights.to(values.dtype)).split([keys.shape[3] for keys, _ in past], dim=-1)
-        mixed = reduce(torch.add, (_product(part, values) for part, (_, values) in zip(parts, past, strict=True)))
-        return self._project(mixed.permute(0, 2, 3, 1, 4)), past, weights
-
-    def _project(self, mixed: Tensor) -> Tensor:
-        """(..., T, H, D) to (B, T, C)."""
-        return self.resid_dropout(self.c_proj(mixed.reshape(-1, mixed.shape[-3], self.n_embd)))
+        parts = self.attn_dropout(weights.to(values.dtype)).split([keys.shape[-2] for keys, _ in pieces], dim=-1)
+        mixed = reduce(torch.add, (_product(part, values) for part, (_, values) in zip(parts, pieces, strict=True)))
+        mixed = mixed.permute(0, 2, 3, 1, 4).reshape(len(x), queries.shape[-2], self.n_embd)  # (B, T', C)
+        return self.resid_dropout(self.c_proj(mixed)), kv_cache, weights
 
 
 def _product(rows: Tensor, matrices: Tensor) -> Tensor:
@@ -148,34 +140,31 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        past: LayerCache | None = None,
+        kv_cache: LayerCache | None = None,
         mask: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
     ) -> tuple[Tensor, LayerCache]:
-        """(B, T, C) to (B, T', C), with the past of what may follow; see CausalSelfAttention."""
-        out, new_cache = self.attend(x, past, mask, record, n_last)
+        """Run attention and the MLP, see ``CausalSelfAttention.forward``.
+
+        Args:
+            x: (B, T, C) the residual stream.
+            kv_cache, mask, n_last: as attention takes them.
+            record: receives the attention weights (B, H, T', S + T) and the attention output (B, T', C).
+
+        Returns:
+            The residual stream (B, T', C) and the cache of all S + T positions.
+        """
+        out, new_cache, weights = self.attn(self.ln_1(x), kv_cache, mask, n_last)
+        if record is not None:
+            record.append(("attention", weights.detach().transpose(1, 2).flatten(0, 1).cpu()))
+            record.append(("attn_block_output", out.detach().float().cpu()))
         x = x[:, -out.shape[1] :] + out
         return x + self.mlp(self.ln_2(x)), new_cache
 
     def keys_values(self, x: Tensor) -> KeysValues:
         """What attention would see of ``x`` (G, T, C): keys and values, (G, H, 1, T, D) each."""
         return self.attn.keys_values(self.ln_1(x))
-
-    def attend(
-        self,
-        x: Tensor,
-        past: LayerCache | None,
-        mask: Tensor | None,
-        record: Record | None = None,
-        n_last: int | None = None,
-    ) -> tuple[Tensor, LayerCache]:
-        """The block's first half: what attention adds to the residual stream ``x``."""
-        out, new_cache, weights = self.attn(self.ln_1(x), past, mask, n_last)
-        if record is not None and weights is not None:
-            record.append(("attention", weights.detach().transpose(1, 2).flatten(0, 1).cpu()))
-            record.append(("attn_block_output", out.detach().float().cpu()))
-        return out, new_cache
 
 
 class Transformer(nn.Module):
@@ -191,7 +180,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT language model that reads tokens after a past."""
+    """A GPT language model that reads tokens after a KV cache."""
 
     @staticmethod
     def get_default_config() -> CfgNode:
@@ -254,6 +243,10 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.lm_head.weight.device
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The tokens' embeddings, by the name that transformers and PEFT have for them."""
+        return self.transformer.wte
+
     def forward(
         self,
         idx: Tensor,
@@ -261,7 +254,7 @@ class GPT(nn.Module):
         prefixes: Tensor | Prefix | None = None,
         activations_record: Record | None = None,
         n_shared: int = 0,
-        n_scored: int | None = None,
+        n_last: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Predict the token after each token.
 
@@ -270,93 +263,118 @@ class GPT(nn.Module):
             targets: (B, T) the tokens to predict, -1 where none is scored.
             prefixes: see ``mingpt.prefix.as_prefix``.
             activations_record: a list that receives each layer's attention weights and attention outputs, with the
-                prefix positions included: zero there for kinds of prefix that have no queries of their own.
+                prefix positions included. They are zero there for a key_value prefix, which has no queries.
             n_shared: how many first tokens are the same in every row; they are computed once for the batch.
-            n_scored: how many last tokens predict something; the last layer skips the others.
+            n_last: how many last tokens get logits, all by default; the last layer skips the others.
 
         Returns:
-            The logits (B, T, V), or (B, n_scored, V), zero at prefix positions, where nothing is predicted; and the
+            The logits (B, T, V), or (B, n_last, V), zero at prefix positions, where nothing is predicted; and the
             mean cross-entropy in nats over the scored targets, None without targets.
 
         Raises:
-            ValueError: if there are more tokens than ``block_size``, or the prefix does not fit.
+            ValueError: if ``idx`` is not (B, T), its tokens are not integers from 0 to V - 1 (checked on a CPU), there
+                are more than ``block_size``, or the prefix does not fit.
         """
+        check_tokens(idx, self.config.vocab_size)
         batch, n_tokens = idx.shape
-        if n_tokens > self.block_size:
-            raise ValueError(f"{n_tokens} tokens do not fit into block_size = {self.block_size}")
         prefix = None if prefixes is None else as_prefix(prefixes, self.config.n_layer, self.config.n_embd, batch)
         n_cached = n_shared if prefix is None else prefix.n_placeholders
         if n_cached >= n_tokens:
             raise ValueError(f"{n_cached} prefix positions leave no content in {n_tokens} tokens")
         record: Record | None = None if activations_record is None else []
-        n_unscored = 0
+        kv_cache, shared_logits = None, None
         if prefix is not None:
-            past, n_unscored = self.prefix_cache(prefix), n_cached
-            before = past[0][0][0].new_zeros(1, n_cached, self.config.vocab_size)
-        elif n_cached and record is None:
-            before, past = self.forward_cached(idx[:1, :n_cached])
+            kv_cache = self.prefix_cache(prefix)
+        elif record is None and n_shared:
+            shared_logits, kv_cache = self.forward_cached(idx[:1, :n_shared])
         else:
-            before, past, n_cached = None, None, 0
-        logits, _ = self.forward_cached(idx[:, n_cached:], past, record=record, n_last=n_scored, start=n_cached)
-        if n_scored is not None:
-            n_unscored, targets = 0, None if targets is None else targets[:, -n_scored:]
-        elif before is not None:
-            logits = torch.cat([before.expand(batch, -1, -1), logits], dim=1)
+            n_cached = 0
+        logits, _ = self.forward_cached(idx[:, n_cached:], kv_cache, record=record, n_last=n_last, start=n_cached)
+        if shared_logits is not None and n_last is None:
+            logits = torch.cat([shared_logits.expand(batch, -1, -1), logits], dim=1)
         loss = None
         if targets is not None:
-            scored, goal = logits[:, n_unscored:].flatten(0, 1), targets[:, n_unscored:].flatten()
-            loss = F.cross_entropy(scored.float(), goal, ignore_index=-1)
+            goal = targets[:, -logits.shape[1] :].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), goal, ignore_index=-1)
+        if prefix is not None and n_last is None:
+            logits = F.pad(logits, (0, 0, n_cached, 0))
         if activations_record is not None and record is not None:
-            activations_record += record if prefix is None else self._with_prefix_rows(prefix, record)
+            activations_record += record if prefix is None else self._with_prefix_positions(prefix, record)
         return logits, loss
 
-    def prefix_cache(self, prefix: Prefix) -> Cache:
-        """The keys and values that content attends to after K prefixes, (K or B, H, 1, P, D) each in every layer."""
+    def prefix_cache(self, prefix: Prefix) -> list[list[KeysValues]]:
+        """The keys and values that K prefixes become in every layer.
+
+        An activation prefix becomes c_attn(ln_1(prefix[l])) in layer l (Petrov et al. 2024, section 3). A key_value
+        prefix is split into heads. A prompt is run through the model.
+
+        Returns:
+            For each layer one pair of keys and values, (K, H, 1, P, D) each, or (B, H, 1, P, D) with ``prefix.rows``.
+
+        Raises:
+            ValueError: if the prefix is on another device than the model.
+        """
+        values = prefix.values
+        if values.device != self.device:
+            raise ValueError(f"the prefix is on {values.device}, the model on {self.device}; move one of them")
         if prefix.kind == "activation":
-            past = activation_cache(self.blocks, prefix.values)
+            pairs = [block.keys_values(values[:, layer]) for layer, block in enumerate(self.blocks)]
         elif prefix.kind == "key_value":
-            past = key_value_cache(prefix.values, self.config.n_head)
+            heads = values.unflatten(-1, (self.config.n_head, -1)).unsqueeze(-3).transpose(-4, -2)  # ... H, 1, P, D
+            pairs = [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
         else:
-            past = by_row(self.forward_cached(None, embeddings=prefix.values)[1])
-        return prefix.select(past)
+            cached = self.forward_cached(None, embeddings=values)[1]  # (1, H, K, P, D) each
+            pairs = [(keys.transpose(0, 2), own.transpose(0, 2)) for keys, own in (pieces_of(c)[0] for c in cached)]
+        if prefix.rows is None:
+            return [[pair] for pair in pairs]
+        # Not keys[rows]: on a CPU the backward pass of indexing takes nine times as long as index_select's.
+        return [[(keys.index_select(0, prefix.rows), own.index_select(0, prefix.rows))] for keys, own in pairs]
 
     def forward_cached(
         self,
         tokens: Tensor | None,
-        past: Cache | None = None,
+        kv_cache: Cache | None = None,
         embeddings: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
         start: int | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Read tokens after a past: the one way through the network.
+        """Run tokens through the network after a KV cache. Everything else calls this.
 
         Args:
             tokens: (B, T) the content, or None with ``embeddings`` (B, T, C) in the place of the tokens' own.
-            past: the keys and values of the S positions before it.
-            record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C).
-            n_last: how many last tokens to give logits of, all by default; the last layer does not look for the others.
+            kv_cache: the keys and values of the S positions before it.
+            record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C); in the
+                last layer only those of the ``n_last`` tokens.
+            n_last: how many last tokens get logits, all by default; the last layer skips the others.
             start: the first token's position, S by default.
 
         Returns:
-            The logits of the content (B, T, V), or (B, n_last, V), and the past of what may follow it.
+            The logits of the content (B, T, V), or (B, n_last, V), and the KV cache with the content in it.
+
+        Raises:
+            ValueError: if ``tokens`` is not (B, T), or its positions go beyond ``block_size``.
         """
-        n_cached = n_positions(past)
+        if tokens is not None and tokens.ndim != 2:
+            raise ValueError(f"tokens have the shape (B, T), got {tuple(tokens.shape)}")
+        n_cached = n_positions(kv_cache)
         start = n_cached if start is None else start
         x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
+        if start + n_tokens > self.block_size:
+            raise ValueError(f"{start + n_tokens} tokens do not fit into block_size = {self.block_size}")
         x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = causal_mask(n_tokens, n_cached, x.device) if n_tokens > 1 else None
-        new_cache = []
+        new_cache: list[LayerCache] = []
         for layer, block in enumerate(self.blocks):
-            is_last = layer == self.config.n_layer - 1
-            x, layer_cache = block(x, None if past is None else past[layer], mask, record, n_last if is_last else None)
+            n_out = n_last if layer == self.config.n_layer - 1 else None
+            x, layer_cache = block(x, None if kv_cache is None else kv_cache[layer], mask, record, n_out)
             new_cache.append(layer_cache)
         return self.lm_head(self.transformer.ln_f(x)), new_cache
 
-    def _with_prefix_rows(self, prefix: Prefix, record: Record) -> Record:
+    def _with_prefix_positions(self, prefix: Prefix, record: Record) -> Record:
         """Complete a record of the content, (B, H, T - P, T), to one of all positions, (B, H, T, T)."""
         own: Record = []
         if prefix.kind == "prompt":
@@ -364,29 +382,18 @@ class GPT(nn.Module):
         elif prefix.kind == "activation":
             mask = causal_mask(prefix.n_positions, 0, prefix.values.device)
             for layer, block in enumerate(self.blocks):
-                block.attend(prefix.values[:, layer], None, mask, own)
-        whole: Record = []
-        for place, (name, content) in enumerate(record):
+                block(prefix.values[:, layer], None, mask, own)
+        full: Record = []
+        for number, (name, content) in enumerate(record):
             padded = F.pad(content, (0, 0, prefix.n_positions, 0))
             if own:
-                rows = own[place][1][prefix.owners(len(content)).cpu()]
+                rows = own[number][1][prefix.prefix_of_row(len(content)).cpu()]
                 padded[..., : prefix.n_positions, : rows.shape[-1]] = rows
-            whole.append((name, padded))
-        return whole
+            full.append((name, padded))
+        return full
 
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        do_sample: bool = False,
-        top_k: int | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Continue prompts; see ``mingpt.decoding.generation.generate``, which this calls with itself as the model."""
-        return generation.generate(
-            self, idx, max_new_tokens, temperature=temperature, do_sample=do_sample, top_k=top_k, **options
-        )
+    # A function of (model, idx, ...), so that help() and editors show all of its parameters here too.
+    generate = generation.generate
 
     def configure_optimizers(self, train_config: CfgNode) -> torch.optim.Optimizer:
         """minGPT's optimizer: AdamW with weight decay on the weights of linear layers only.
@@ -416,7 +423,7 @@ class GPT(nn.Module):
         return cls.from_huggingface(GPT2LMHeadModel.from_pretrained(model_type))
 
     @classmethod
-    def from_huggingface(cls, other: Any) -> GPT:
+    def from_huggingface(cls, other: GPT2LMHeadModel) -> GPT:
         """Copy a transformers ``GPT2LMHeadModel`` into a GPT with the same logits.
 
         Raises:
@@ -446,7 +453,7 @@ class GPT(nn.Module):
 
 
 def _complete_config(config: CfgNode) -> CfgNode:
-    """A copy of the configuration with its sizes filled in and checked."""
+    """A copy of the configuration with its sizes filled in, in the place of ``model_type``, and checked."""
     config = config.copy()
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
     if config.model_type is not None:
@@ -459,7 +466,7 @@ def _complete_config(config: CfgNode) -> CfgNode:
             raise ValueError(
                 f"unknown model_type {config.model_type!r}{nearest(config.model_type, PRESETS)}. Known: {known}"
             )
-        config.merge_from_dict(PRESETS[config.model_type])
+        config.merge_from_dict(PRESETS[config.model_type] | {"model_type": None})
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:

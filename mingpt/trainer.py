@@ -175,7 +175,7 @@ class Trainer:
         self._hints: dict[str, int] = {}  # padding is the same in every row, and only solutions are scored
         if isinstance(model, GPT) and isinstance(train_dataset, CustomDataset | JointDataset):
             train_dataset.check_fits(model.config.vocab_size, model.config.block_size)
-            self._hints = {"n_shared": train_dataset.prefix_padding, "n_scored": train_dataset.length}
+            self._hints = {"n_shared": train_dataset.prefix_padding, "n_last": train_dataset.length}
         self.config, self.model, self.train_dataset = config, model.to(self.device), train_dataset
         self.precision = resolve_precision(config.precision, self.device)
         self.callbacks: dict[str, list[Callable[[Trainer], None]]] = defaultdict(list)

@@ -24,7 +24,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mingpt.decoding.logits_processors import Context, LogitsProcessor, State
+from mingpt.decoding.logits_processors import Constraint, Context, LogitsProcessor, State
 from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
 
 # --------------------------------------------------------------------------------------------------- tasks
@@ -238,6 +238,18 @@ def compositions(draw: st.DrawFn, min_tasks: int = 1, max_tasks: int = 4) -> Tas
 
 
 # --------------------------------------------------------------------------------------------- logits processors
+
+
+class Forbid(Constraint):
+    """A constraint for tests: it forbids some tokens at every step."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = list(tokens)
+
+    def allowed(self, state: State, context: Context) -> tuple[State, torch.Tensor]:
+        allowed = torch.ones(len(context.tokens), context.vocab_size, dtype=torch.bool)
+        allowed[:, self.tokens] = False
+        return state, allowed
 
 
 def check_processor_laws(

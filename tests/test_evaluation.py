@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import Forbid
 from reference import (
     ReferenceLoop,
     random_model,
@@ -23,7 +24,6 @@ from reference import (
 
 from mingpt.datasets import CustomDataset
 from mingpt.decoding.constraints import MonotoneConstraint
-from mingpt.decoding.logits_processors import SuppressedTokens
 from mingpt.evaluation import (
     AccuracyMatrix,
     Score,
@@ -770,9 +770,9 @@ def test_the_effect_of_a_constraint_is_both_scores_and_what_it_forbade(half_trai
 def test_the_forbidden_mass_of_two_constraints_is_what_is_not_left(half_trained):
     """The first forbids a share of all, the second one of the rest."""
     model, dataset = half_trained
-    first, second = SuppressedTokens([0, 1]), SuppressedTokens([1, 2, 3])
+    first, second = Forbid([0, 1]), Forbid([1, 2, 3])
     together = constraint_effect(model, dataset, [first, second], n_rows=20, precision="float32")
-    union = constraint_effect(model, dataset, [SuppressedTokens([0, 1, 2, 3])], n_rows=20, precision="float32")
+    union = constraint_effect(model, dataset, [Forbid([0, 1, 2, 3])], n_rows=20, precision="float32")
     assert together.forbidden_mass == pytest.approx(union.forbidden_mass, abs=1e-5)
 
 

@@ -1,6 +1,6 @@
 """The network: the same function as the naive one, causal, row by row, with minGPT's names, sizes and initialisation.
 
-Legend: B batch, T tokens, S positions of the past, C channels, H heads, L layers, V vocabulary.
+Legend: B batch, T tokens, S cached positions, C channels, H heads, L layers, V vocabulary.
 """
 
 import math
@@ -105,16 +105,16 @@ def test_either_gelu_is_the_naive_one(gelu_approximate):
     assert (other(idx)[0] - model(idx)[0]).abs().max() > 1e-4  # they are two functions
 
 
-def test_the_past_is_what_was_read_before():
+def test_the_kv_cache_is_what_was_read_before():
     model, idx = random_model(), random_tokens()
     whole, _ = model.forward_cached(idx)
-    past, pieces = None, []
+    kv_cache, pieces = None, []
     for start, end in ((0, 4), (4, 5), (5, 6), (6, T)):
-        logits, past = model.forward_cached(idx[:, start:end], past)
+        logits, kv_cache = model.forward_cached(idx[:, start:end], kv_cache)
         pieces.append(logits)
-        assert len(past) == L
-        assert sum(keys.shape[3] for keys, _ in past[-1]) == end
-        assert past[0][-1][0].shape == past[-1][-1][1].shape == (1, H, B, end - start, C // H)
+        assert len(kv_cache) == L
+        assert sum(keys.shape[3] for keys, _ in kv_cache[-1]) == end
+        assert kv_cache[0][-1][0].shape == kv_cache[-1][-1][1].shape == (1, H, B, end - start, C // H)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -135,26 +135,26 @@ def test_causality_by_gradients(n_cached):
     """Each position's logits depend on its own and every earlier embedding of its own row, and on nothing else."""
     model, n_tokens = random_model(), 6
     generator = torch.Generator().manual_seed(3)
-    past = None
+    kv_cache = None
     if n_cached:
-        past = [
+        kv_cache = [
             [tuple(torch.randn(1, H, 1, n_cached, C // H, generator=generator, requires_grad=True) for _ in range(2))]
             for _ in range(L)
         ]
     embeddings = torch.randn(B, n_tokens, C, generator=generator, requires_grad=True)
-    logits, _ = model.forward_cached(None, past, embeddings=embeddings)  # (B, T, V)
+    logits, _ = model.forward_cached(None, kv_cache, embeddings=embeddings)  # (B, T, V)
     direction = torch.randn(V, generator=generator)
-    flat_past = [part for layer in past or () for piece in layer for part in piece]
+    flat_cache = [part for layer in kv_cache or () for piece in layer for part in piece]
     for row in range(B):
         for t in range(n_tokens):
-            own, *of_past = torch.autograd.grad(
-                (logits[row, t] * direction).sum(), [embeddings, *flat_past], retain_graph=True
+            own, *of_cache = torch.autograd.grad(
+                (logits[row, t] * direction).sum(), [embeddings, *flat_cache], retain_graph=True
             )
             is_seen = own.abs().amax(dim=-1) > 0  # (B, T)
             expected = torch.zeros(B, n_tokens, dtype=torch.bool)
             expected[row, : t + 1] = True
             assert is_seen.equal(expected), (row, t)
-            assert all((gradient.abs().amax(dim=-1) > 0).all() for gradient in of_past)  # all of the past
+            assert all((gradient.abs().amax(dim=-1) > 0).all() for gradient in of_cache)  # all of the cache
 
 
 def test_causality_by_tokens():

@@ -16,13 +16,11 @@ from mingpt.decoding.generation import beam_search
 from mingpt.prefix import (
     Prefix,
     Reparametrization,
-    activation_cache,
     as_prefix,
     average,
     concatenate,
     initial_prefix,
     interpolate,
-    key_value_cache,
 )
 from mingpt.training.precision import autocast
 
@@ -118,14 +116,14 @@ def test_logits_are_the_naive_splices_at_any_size(kind, n_rows, n_content, n_pre
     assert_close(logits[:, n_prefix:], expected[:, n_prefix:], atol=2e-5, rtol=1e-4)
 
 
-def test_the_past_of_an_activation_prefix_is_a_key_value_prefix():
+def test_the_kv_cache_of_an_activation_prefix_is_a_key_value_prefix():
     model, idx, values = random_model(), random_tokens(), random_values("activation")
-    past = activation_cache(model.blocks, values[None])  # L layers of one pair of (1, H, 1, P, D)
-    assert [part.shape for (pair,) in past for part in pair] == [(1, H, 1, P, C // H)] * (2 * L)
-    key_value = torch.stack([torch.stack([part.transpose(1, 3).reshape(P, C) for part in pair]) for (pair,) in past])
+    cache = model.prefix_cache(Prefix("activation", values[None]))  # L layers of one pair of (1, H, 1, P, D)
+    assert [part.shape for (pair,) in cache for part in pair] == [(1, H, 1, P, C // H)] * (2 * L)
+    key_value = torch.stack([torch.stack([part.transpose(1, 3).reshape(P, C) for part in pair]) for (pair,) in cache])
     assert key_value.shape == SHAPES["key_value"]
     assert_close(model(idx, prefixes=key_value)[0], model(idx, prefixes=values)[0])
-    for (own,), (split,) in zip(past, key_value_cache(key_value[None], H), strict=True):
+    for (own,), (split,) in zip(cache, model.prefix_cache(Prefix("key_value", key_value[None])), strict=True):
         assert torch.equal(own[0], split[0])
         assert torch.equal(own[1], split[1])
 
@@ -199,11 +197,11 @@ def test_without_rows_each_prefix_has_its_share_of_consecutive_rows(kind, rows_e
 
 
 def test_a_group_of_rows_reads_on():
-    """What a batch has read after K prefixes is a past that it can read on from."""
+    """What a batch has read after K prefixes is a cache that it can read on from."""
     model, values, idx = random_model(), random_values("activation", K), random_tokens(2 * K)
-    past = model.prefix_cache(Prefix("activation", values))
-    first, past = model.forward_cached(idx[:, P : P + 3], past)
-    second, _ = model.forward_cached(idx[:, P + 3 :], past)
+    cache = model.prefix_cache(Prefix("activation", values))
+    first, cache = model.forward_cached(idx[:, P : P + 3], cache)
+    second, _ = model.forward_cached(idx[:, P + 3 :], cache)
     whole, _ = model(idx, prefixes=Prefix("activation", values))
     assert_close(torch.cat([first, second], dim=1), whole[:, P:])
 
@@ -417,9 +415,9 @@ def test_a_random_initial_prefix_is_standard_normal(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["padding", "random", range(P)])
-def test_an_initial_prefix_is_ready_to_be_trained(how, kind):
-    prefix = initial_prefix(random_model(), P, how, kind=kind)
+@pytest.mark.parametrize("init", ["padding", "random", range(P)])
+def test_an_initial_prefix_is_ready_to_be_trained(init, kind):
+    prefix = initial_prefix(random_model(), P, init, kind=kind)
     assert prefix.shape == SHAPES[kind]
     assert prefix.dtype == torch.float32
     assert prefix.is_leaf
@@ -427,7 +425,7 @@ def test_an_initial_prefix_is_ready_to_be_trained(how, kind):
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "message"),
+    ("init", "kind", "message"),
     [
         ("zeros", "activation", r"'zeros'.*padding or random"),
         ("padding", "keys", r"'keys'.*activation, key_value, prompt"),
@@ -435,22 +433,22 @@ def test_an_initial_prefix_is_ready_to_be_trained(how, kind):
         ([0, 0, 0, 0, V], "prompt", f"from 0 to {V - 1}"),
     ],
 )
-def test_an_unknown_initialisation_is_refused(how, kind, message):
+def test_an_unknown_initialisation_is_refused(init, kind, message):
     with pytest.raises(ValueError, match=message):
-        initial_prefix(random_model(), P, how, kind=kind)
+        initial_prefix(random_model(), P, init, kind=kind)
 
 
-def test_a_reparametrization_begins_at_its_start_and_trains_all_its_numbers():
-    start = random_values("key_value", K)
-    made = Reparametrization(start, n_hidden=7)
-    assert torch.equal(made(), start)
+def test_a_reparametrization_begins_at_its_init_and_trains_all_its_parameters():
+    init = random_values("key_value", K)
+    made = Reparametrization(init, n_hidden=7)
+    assert torch.equal(made(), init)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     for k in range(K):  # Li & Liang's network, for each position of one prefix
         for position in range(P):
             hidden = torch.tanh(made.embedding[k, position] @ made.w1[k] + made.b1[k, 0])
-            expected = (hidden @ made.w2[k] + made.b2[k, 0]).view(L, 2, C) + start[k, :, :, position]
+            expected = (hidden @ made.w2[k] + made.b2[k, 0]).view(L, 2, C) + init[k, :, :, position]
             assert_close(made()[k, :, :, position], expected)
     (made()[1] ** 2).sum().backward()
     for parameter in made.parameters():  # each prefix has a network of its own
@@ -468,11 +466,11 @@ def test_a_concatenation_in_the_place_of_one_is_attended_to_whole(kind):
     weights, name = model.state_dict(), "transformer.wpe.weight"
     longer.load_state_dict(weights | {name: torch.cat([weights[name][:P], weights[name]])})
     idx = random_tokens()
-    both = concatenate(list(values), places=P)
+    both = concatenate(list(values), n_placeholders=P)
     assert (both.n_positions, both.n_placeholders) == (2 * P, P)
     expected = reference_forward(longer, F.pad(idx, (P, 0)), torch.cat(list(values), dim=-2), kind)
     assert_close(model(idx, prefixes=both)[0][:, P:], expected[:, 2 * P :])
-    turned = concatenate([values[1], Prefix(kind, values[:1])], places=P)  # their order is nothing that attention sees
+    turned = concatenate([values[1], Prefix(kind, values[:1])], n_placeholders=P)  # attention does not see their order
     assert_close(model(idx, prefixes=turned)[0][:, P:], expected[:, 2 * P :])
     prompt = idx[:, : P + 4]
     expected = reference_generate(longer, F.pad(prompt, (P, 0)), 4, torch.cat(list(values), dim=-2), kind)
@@ -482,14 +480,14 @@ def test_a_concatenation_in_the_place_of_one_is_attended_to_whole(kind):
     assert torch.equal(beam_search(model, prompt, 4, n_beams=3, prefixes=both)[0], beams[:, :, P:])
 
 
-def test_rows_keep_the_places_of_their_concatenations():
+def test_rows_keep_the_placeholders_of_their_concatenations():
     model, values, idx = random_model(), random_values("activation", 2), random_tokens()
     parts = [Prefix("activation", values), Prefix("activation", values.flip(0)[:, :, :2])]
-    both = concatenate(parts, places=P)
+    both = concatenate(parts, n_placeholders=P)
     rows = torch.tensor([1, 0, 1])
     found = model(idx, prefixes=replace(both, rows=rows))[0]
     for row, k in enumerate(rows.tolist()):
-        one = concatenate([values[k], values[1 - k, :, :2]], places=P)
+        one = concatenate([values[k], values[1 - k, :, :2]], n_placeholders=P)
         assert_close(found[row], model(idx[row : row + 1], prefixes=one)[0][0])
 
 
@@ -510,7 +508,7 @@ def test_interpolation_and_average(kind):
         (lambda: concatenate([random_values("activation"), random_values("prompt")]), "of one kind"),
         (lambda: concatenate([random_values("activation"), random_values("activation")[:1]]), "positions only"),
         (lambda: interpolate(random_values("prompt"), random_values("prompt")[:2], 0.5), "one shape"),
-        (lambda: average([torch.zeros(3)]), "of 1 axes"),
+        (lambda: average([torch.zeros(3)]), "no known kind"),
     ],
 )
 def test_prefixes_that_do_not_go_together_are_refused(act, message):

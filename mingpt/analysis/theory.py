@@ -163,18 +163,18 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     prefix = as_prefix(prefix, config.n_layer, config.n_embd, len(x))
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
-    past = model.prefix_cache(prefix)
+    kv_cache = model.prefix_cache(prefix)
     n_prefix, n_placeholders, n_tokens = prefix.n_positions, prefix.n_placeholders, x.shape[1] - prefix.n_placeholders
     if n_tokens < 1:
         raise ValueError(f"{n_placeholders} prefix positions leave no content in {x.shape[1]} tokens")
     inputs: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
     try:
-        model.forward_cached(x[:, n_placeholders:], past, start=n_placeholders)
+        model.forward_cached(x[:, n_placeholders:], kv_cache, start=n_placeholders)
     finally:
         for hook in hooks:
             hook.remove()
-    for block, layer_cache, hidden in zip(model.blocks, past, inputs, strict=True):
+    for block, layer_cache, hidden in zip(model.blocks, kv_cache, inputs, strict=True):
         normed = block.ln_1(hidden)
         output, _, weights = block.attn(normed, layer_cache, causal_mask(n_tokens, n_prefix, x.device))
         _, own, without = block.attn(normed, None, causal_mask(n_tokens, 0, x.device))

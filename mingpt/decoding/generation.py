@@ -1,4 +1,4 @@
-"""The decode loop, over any model that maps (tokens, past) to (logits, past), and what chooses the next token.
+"""The decode loop, greedy, sampled or by beams, over any ``mingpt.prefix.CausalModel``.
 
 Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W beams.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,24 +24,21 @@ from mingpt.decoding.logits_processors import (
     describe_row,
 )
 from mingpt.kv_cache import Cache, KVCache, n_positions
-from mingpt.prefix import Prefix, as_prefix
-
-if TYPE_CHECKING:
-    from mingpt.model import GPT, Record
+from mingpt.prefix import CausalModel, Prefix, Record, as_prefix, check_tokens
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: CausalModel,
     idx: Tensor,
     max_new_tokens: int,
-    *,
     temperature: float = 1.0,
     do_sample: bool = False,
     top_k: int | None = None,
     prefixes: Tensor | Prefix | None = None,
     activations_record: Record | None = None,
     logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    *,
     generator: torch.Generator | None = None,
     seed: int | None = None,
     row_numbers: Sequence[int] | None = None,
@@ -52,59 +47,64 @@ def generate(
 ) -> Tensor:
     """Continue prompts token by token, greedily or by sampling.
 
-    Keys and values of what was read are kept, so each token is read once. A prompt that outgrows ``block_size`` is
-    cropped to its last ``block_size`` tokens, as minGPT does; their positions move then, and all of them are read anew.
+    The KV cache keeps what was read, so each token is read once. A prompt that outgrows ``block_size`` is cropped to
+    its last ``block_size`` tokens, as in minGPT. Their positions move then, and all of them are read again.
     Rows that have met the stop token leave the batch. Where constraints leave one token to every row, it is taken
-    without asking the model, unless a processor with a state would miss that.
+    without asking the model, unless a processor has to see every step.
 
     Args:
         model: a GPT, usually in ``eval()`` mode.
         idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
         max_new_tokens: how many tokens to add.
-        temperature: what the logits are divided by, after the processors.
+        temperature: what the logits are divided by when sampling, after the processors. At 0 the likeliest token is
+            taken, as without ``do_sample``.
         do_sample: draw each token from the distribution instead of taking the likeliest.
-        top_k: leave only the k likeliest tokens to draw from.
+        top_k: draw from the k likeliest tokens only. Neither it nor ``temperature`` changes which token is the
+            likeliest, so greedy decoding only checks them.
         prefixes: see ``mingpt.prefix.as_prefix``.
         activations_record: a list that receives the activations of all tokens but the last, in one pass.
-        logits_processors: see ``mingpt.decoding.logits_processors``; functions (tokens, logits) -> logits are welcome too.
+        logits_processors: see ``mingpt.decoding.logits_processors``; also functions (tokens, logits) -> logits, and
+            those of transformers.
         generator: the source of the seed, where none is given.
-        seed: of sampling; a row's draws are a function of it and the row's number, whatever else is in the batch.
+        seed: of sampling. A row's draws are a function of it and the row's number, whatever else is in the batch.
         row_numbers: B of them, where the batch is a part of something longer; 0, 1, ... by default.
         stop_token: a row ends with it and is filled up with it.
-        forbidden_mass_record: a list that receives, for each step, (B, number of constraints): the probability that each
-            constraint forbids, of the logits that it gets; not a number for rows that have ended.
+        forbidden_mass_record: a list that receives, for each step, (B, number of constraints): the probability that
+            each constraint forbids, of the logits that it gets; not a number for rows that have ended.
 
     Returns:
         (B, T + max_new_tokens) of int64, prompts and continuations.
 
     Raises:
-        ValueError: for a prompt, temperature or top_k that makes no sense, and where the processors leave a row no
-            token.
+        ValueError: for a prompt, temperature or top_k that makes no sense, where the logits are not numbers, and where
+            the processors leave a row no token.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
+    is_sampled = do_sample and temperature > 0
     processors = as_processors(logits_processors)
-    processors += [Temperature(temperature)] if temperature != 1 else []
-    processors += [TopK(top_k)] if top_k is not None else []
-    if not do_sample:
-        seed = None
-    elif seed is None:
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
-    batch, n_prompt = idx.shape
-    numbers = np.arange(batch) if row_numbers is None else np.asarray(row_numbers, dtype=np.int64)
+    sampling = [Temperature(temperature)] if temperature not in (0, 1) else []
+    sampling += [TopK(top_k)] if top_k is not None else []
+    if is_sampled:
+        processors += sampling
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    batch, n_prompt = idx.shape[0], idx.shape[-1]
+    numbers = torch.as_tensor(range(batch) if row_numbers is None else row_numbers, dtype=torch.int64)
     if numbers.shape != (batch,):
-        raise ValueError(f"{numbers.size} row_numbers for {batch} rows; give one for each")
+        raise ValueError(f"{numbers.numel()} row_numbers for {batch} rows; give one for each")
+    numbers = numbers.to(idx.device)
     rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
     tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
     for step in range(max_new_tokens):
-        chosen = rows.forced() if forbidden_mass_record is None else None
+        chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
-            logits = rows.processed(rows.read(), forbidden_mass_record)
-            if processors:
-                rows.require_choice(logits.amax(dim=-1))
-            if seed is None:
-                chosen = logits.argmax(dim=-1)
+            logits = rows.process_logits(rows.next_logits(), forbidden_mass_record)
+            rows.require_choice(logits.amax(dim=-1), is_sampled)
+            if is_sampled and seed is not None:
+                chosen = _draw(logits, uniform(seed, step, numbers[rows.origin]))
             else:
-                draws = _uniform(seed, step, numbers).to(idx.device)
-                chosen = _draw(logits, draws[rows.origin])
+                chosen = logits.argmax(dim=-1)
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
         if stop_token is not None:
@@ -120,7 +120,7 @@ def generate(
 
 @torch.no_grad()
 def beam_search(
-    model: GPT,
+    model: CausalModel,
     idx: Tensor,
     max_new_tokens: int,
     n_beams: int,
@@ -137,8 +137,8 @@ def beam_search(
         max_new_tokens: how many tokens to add.
         n_beams: W.
         prefixes: see ``mingpt.prefix.as_prefix``.
-        logits_processors: they process log-probabilities, as in transformers; what a constraint forbids is not shared
-            out among the rest, so a score is the model's own.
+        logits_processors: they process log-probabilities, as in transformers. The probability that a constraint forbids
+            is not given to the other tokens, so a score is the model's own.
         stop_token: a continuation ends with it and is filled up with it, at no cost.
 
     Returns:
@@ -146,7 +146,7 @@ def beam_search(
         in nats, minus infinity where there are fewer than W continuations.
 
     Raises:
-        ValueError: as ``generate`` does; a beginning that nothing may follow is given up while there are others.
+        ValueError: as ``generate``; a beginning that nothing may follow is dropped while there are others.
     """
     if n_beams < 1:
         raise ValueError(f"n_beams must be at least 1, got {n_beams}")
@@ -155,7 +155,7 @@ def beam_search(
     scores = torch.zeros(batch, 1, device=idx.device)
     for step in range(max_new_tokens):
         has_ended = None if stop_token is None or step == 0 else rows.tokens[:, -1] == stop_token
-        log_p = rows.processed(F.log_softmax(rows.read(), dim=-1))
+        log_p = rows.process_logits(F.log_softmax(rows.next_logits(), dim=-1))
         if has_ended is not None:
             stop = torch.full_like(log_p[:1], float("-inf"))
             stop[:, stop_token] = 0
@@ -165,36 +165,38 @@ def beam_search(
         sums = F.pad(sums, (0, max(0, n_beams - sums.shape[1])), value=float("-inf"))
         scores, place = sums.topk(n_beams, dim=1)
         rows.require_choice(scores[:, :1].repeat_interleave(width, dim=0)[:, 0])
-        place = torch.where(scores.isneginf(), place[:, :1], place)  # a beam that is missing repeats the best one
+        place = torch.where(scores.isneginf(), place[:, :1], place)  # a missing beam repeats the best one
         first = width * torch.arange(batch, device=idx.device)[:, None]
         rows.select((first + place // n_tokens).flatten())
         rows.append((place % n_tokens).flatten())
     tokens = rows.tokens.view(batch, -1, rows.tokens.shape[1])
-    return tokens.expand(-1, n_beams, -1), scores.expand(-1, n_beams)
+    scores = F.pad(scores, (0, n_beams - scores.shape[1]), value=float("-inf"))  # one beam if no token was added
+    return tokens.expand(-1, n_beams, -1), scores
 
 
 class Decoding:
-    """Rows that are being decoded: their tokens, what the model has read of them, and their processors' states.
+    """Rows that are being decoded: their tokens, their KV cache, and their processors' states.
 
     Attributes:
-        tokens: (B, T) of int64, the rows so far.
+        context: what the processors know; its ``tokens`` are the rows so far, (B, T) of int64.
         origin: (B,) of int64, which prompt each of them continues.
     """
 
     def __init__(
         self,
-        model: GPT,
+        model: CausalModel,
         idx: Tensor,
         n_new: int,
         prefixes: Tensor | Prefix | None,
         processors: list[LogitsProcessor],
         generator: torch.Generator | None,
     ):
-        """Check that the prompts can be continued, and have the processors make their states."""
+        """Check that the prompts can be continued, and make the processors' states."""
+        config = model.config
+        check_tokens(idx, config.vocab_size)
         batch, n_prompt = idx.shape
         if n_new < 0:
             raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
-        config = model.config
         self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
         n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
         if n_prompt <= n_prefix:
@@ -203,39 +205,42 @@ class Decoding:
             )
         if n_prefix >= model.block_size:
             raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
-        self.model, self.tokens, self.origin = model, idx, torch.arange(batch, device=idx.device)
-        self.n_prompt, self.n_new, self.generator, self.processors = n_prompt, n_new, generator, processors
+        self.model, self.processors, self.origin = model, processors, torch.arange(batch, device=idx.device)
+        self.context = Context(idx, n_prompt, n_new, config.vocab_size, generator, n_prefix)
         self._n_rows, self._n_read = batch, 0
         self._cache: list[KVCache] | None = None
         self._allowed: dict[int, Tensor] | None = None
-        self._states = [processor.init(self._context()) for processor in processors] if n_new else []
-        is_constraint = [isinstance(processor, Constraint) for processor in processors]
-        # A processor with a state has to see every step, and only constraints can without logits.
-        self._can_jump = any(is_constraint) and all(
-            constrains or not state for constrains, state in zip(is_constraint, self._states, strict=False)
+        self._states = [processor.init(self.context) for processor in processors] if n_new else []
+        # Only constraints can see a step for which there are no logits.
+        self._can_jump = any(isinstance(each, Constraint) for each in processors) and all(
+            isinstance(each, Constraint) or not (state or getattr(each, "sees_every_step", True))
+            for each, state in zip(processors, self._states, strict=False)
         )
 
-    def read(self) -> Tensor:
-        """The model's logits (B, V) of float32 of what follows, after reading what it has not read yet."""
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) of int64, the rows so far."""
+        return self.context.tokens
+
+    def next_logits(self) -> Tensor:
+        """The model's logits (B, V) of float32 for the next token, after reading what it has not read yet."""
         model, window = self.model, self.tokens[:, -self.model.block_size :]
         if self._cache is None or self.tokens.shape[1] > model.block_size:
             shared, n_shared = self._shared(window)
-            logits, past = model.forward_cached(window[:, n_shared:], shared, n_last=1, start=n_shared)
-            room = min(self.n_prompt + self.n_new, model.block_size) + n_positions(shared) - n_shared
-            self._cache = [KVCache(layer, len(window), room) for layer in past]
+            logits, cache = model.forward_cached(window[:, n_shared:], shared, n_last=1, start=n_shared)
+            room = min(self.context.n_prompt + self.context.n_new, model.block_size) + n_positions(shared) - n_shared
+            self._cache = [KVCache(layer, len(window), room) for layer in cache]
         else:
-            logits, self._cache = model.forward_cached(
-                window[:, self._n_read :], self._cache, n_last=1, start=self._n_read
-            )
+            logits, _ = model.forward_cached(window[:, self._n_read :], self._cache, n_last=1, start=self._n_read)
         self._n_read = window.shape[1]
         return logits[:, -1].float()
 
-    def processed(self, logits: Tensor, forbidden_mass_record: list[Tensor] | None = None) -> Tensor:
+    def process_logits(self, logits: Tensor, forbidden_mass_record: list[Tensor] | None = None) -> Tensor:
         """The logits (B, V) after all processors."""
-        allowed, context, forbidden_mass = self._ask(), self._context(), []
+        allowed, forbidden_mass = self._ask(), []
         for number, processor in enumerate(self.processors):
             if number not in allowed:
-                self._states[number], logits = processor.process(self._states[number], logits, context)
+                self._states[number], logits = processor.process(self._states[number], logits, self.context)
                 continue
             if forbidden_mass_record is not None:
                 forbidden_mass.append(1 - (F.softmax(logits, dim=-1) * allowed[number]).sum(dim=-1))
@@ -247,24 +252,29 @@ class Decoding:
             forbidden_mass_record.append(record)
         return logits
 
-    def require_choice(self, best: Tensor) -> None:
+    def require_choice(self, best: Tensor, is_sampled: bool = False) -> None:
         """Check the best score that each row can still have, (B,).
 
         Raises:
-            ValueError: if one is minus infinity, with its row, step and the processors' states.
+            ValueError: if one is minus infinity or not a number, or infinite where its softmax is needed, with its row,
+                its step and the processors' states.
         """
-        is_stuck = best.isneginf()
+        is_stuck = ~best.isfinite() if is_sampled else best.isnan() | best.isneginf()
         if is_stuck.any():
             row = int(is_stuck.nonzero()[0])
-            so_far = self.tokens[row, self.n_prompt :].tolist()
+            so_far = self.tokens[row, self.context.n_prompt :].tolist()
+            what, why = (
+                ("nothing may follow", "the processors forbid every token")
+                if best[row].isneginf()
+                else (f"the logits have no likeliest token, but {best[row]},", "weights or processors are not finite")
+            )
             raise ValueError(
-                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: the "
-                "processors forbid every token. Their states: "
+                f"{what} in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}. Their states: "
                 + describe_row(self.processors, self._states, row, len(best))
             )
 
-    def forced(self) -> Tensor | None:
-        """The next tokens (B,), where constraints leave each row only one and nobody has to see the logits."""
+    def single_choice(self) -> Tensor | None:
+        """The next tokens (B,), if constraints leave each row only one and no processor has to see the logits."""
         if not self._can_jump:
             return None
         allowed = reduce(torch.logical_and, self._ask().values())
@@ -272,11 +282,12 @@ class Decoding:
 
     def append(self, chosen: Tensor) -> None:
         """Take the next token of every row, (B,)."""
-        self.tokens, self._allowed = torch.cat([self.tokens, chosen[:, None]], dim=1), None
+        self.context = replace(self.context, tokens=torch.cat([self.tokens, chosen[:, None]], dim=1))
+        self._allowed = None
 
     def select(self, rows: Tensor) -> None:
-        """Have row i be what row ``rows[i]`` was, (B',) of int64."""
-        self.tokens, self.origin = self.tokens[rows], self.origin[rows]
+        """Replace row i by row ``rows[i]``, (B',) of int64."""
+        self.context, self.origin = replace(self.context, tokens=self.tokens[rows]), self.origin[rows]
         for cache in self._cache or []:
             cache.select(rows)
         states = zip(self.processors, self._states, strict=True)
@@ -285,43 +296,53 @@ class Decoding:
     def _ask(self) -> dict[int, Tensor]:
         """What each constraint allows to follow, (B, V) of bool, by its place; each is asked once a step."""
         if self._allowed is None:
-            self._allowed, context = {}, self._context()
+            self._allowed = {}
             for number, processor in enumerate(self.processors):
                 if isinstance(processor, Constraint):
-                    self._states[number], self._allowed[number] = processor.allowed(self._states[number], context)
+                    self._states[number], self._allowed[number] = processor.allowed(self._states[number], self.context)
         return self._allowed
 
     def _shared(self, window: Tensor) -> tuple[Cache | None, int]:
-        """The past of all first tokens that are a prefix's, or the same in every row, and how many they are."""
-        if self.prefix is None:
-            n_shared = common_prefix_length(window)
-            return self.model.forward_cached(window[:1, :n_shared])[1] if n_shared else None, n_shared
-        prefix = self.prefix
-        if prefix.n_prefixes > 1:
-            prefix = replace(prefix, rows=prefix.owners(self._n_rows)[self.origin])
-        return self.model.prefix_cache(prefix), prefix.n_placeholders
-
-    def _context(self) -> Context:
-        n_placeholders = 0 if self.prefix is None else self.prefix.n_placeholders
-        return Context(
-            self.tokens, self.n_prompt, self.n_new, self.model.config.vocab_size, self.generator, n_placeholders
-        )
+        """The KV cache of all first tokens that are a prefix's, or the same in every row, and how many they are."""
+        if self.prefix is not None:
+            return self.model.prefix_cache(self.prefix.for_rows(self.origin, self._n_rows)), self.prefix.n_placeholders
+        # In training mode every row has a dropout mask of its own.
+        n_shared = 0 if self.model.training else common_prefix_length(window)
+        return self.model.forward_cached(window[:1, :n_shared])[1] if n_shared else None, n_shared
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token (B,) from the softmax of each row of logits (B, V) where its number in [0, 1) falls, (B,)."""
     cumulative = F.softmax(logits.double(), dim=-1).cumsum(dim=-1)
     # The first token whose sum is above the number: never one of probability 0, which adds nothing to the sum.
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
-    return place[:, 0].clamp(max=logits.shape[-1] - 1)
+    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return token[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _uniform(seed: int, step: int, numbers: np.ndarray) -> Tensor:
-    """(B,) of float64 in [0, 1), each a function of (seed, step, its row's number): numpy's counter-based Philox."""
-    first = int(numbers.min()) // 4 * 4  # a count is four numbers
-    philox = np.random.Philox(key=[seed, step])
-    philox.advance(first // 4)
-    return torch.from_numpy(np.random.Generator(philox).random(int(numbers.max()) + 1 - first)[numbers - first])
+def uniform(seed: int, step: int, numbers: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), each a function of (seed, step, its row's number) and of nothing else.
+
+    Args:
+        seed: any integer, modulo 2^64.
+        step: of the generation.
+        numbers: (B,) of int64, the rows' numbers.
+
+    Returns:
+        (B,) of float64, on the device of ``numbers``.
+
+    Source: SplitMix64 (Steele et al. 2014). The seed's stream gives each step a seed, whose stream gives each row a
+    number.
+    """
+    stream = _splitmix(numbers.new_tensor((seed + 2**63) % 2**64 - 2**63), numbers.new_tensor(step))
+    return ((_splitmix(stream, numbers) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def _splitmix(seed: Tensor, number: Tensor) -> Tensor:
+    """The number-th output of SplitMix64 from a seed, int64; products of int64 are modulo 2^64."""
+    z = seed + (number + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)  # >> keeps the sign, which & removes
+    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return z ^ (z >> 31 & 2**33 - 1)
 
 
 def common_prefix_length(tokens: Tensor) -> int:

@@ -1,17 +1,17 @@
-"""Logits processors: what may change the scores of the next token, and the state that it threads through a generation.
+"""Logits processors: what may change the next token's logits, with a state that goes from step to step.
 
 Legend: B batch, T tokens so far, V vocabulary.
 
 A processor is configuration only. Its state is made by ``init``, belongs to the decode loop, goes through ``process``
-at every step, and follows its rows through ``reorder``; so one processor serves any number of generations at a time,
-and none can reach another's state.
+at every step, and follows its rows through ``reorder``. So one processor serves any number of generations at a time,
+and none can reach another's state. transformers' own processors work here too, see ``FunctionProcessor``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 """(tokens so far (B, T), logits (B, V)) to logits (B, V)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
-    """What a processor may know; it can get more fields.
+    """What a processor may know.
 
     Attributes:
         tokens: (B, T) of int64, the prompts and what was generated.
@@ -51,20 +51,32 @@ class Context:
         return self.tokens.shape[1] - self.n_prompt
 
     @property
+    def content(self) -> Tensor:
+        """The tokens without the placeholders of a prefix."""
+        return self.tokens[:, self.n_placeholders :]
+
+    @property
     def device(self) -> torch.device:
         """Where the tokens are."""
         return self.tokens.device
 
 
 class LogitsProcessor:
-    """A processor without a state; a subclass says what ``process`` does, and ``init`` where it has one."""
+    """The base class. A subclass defines ``process``, and also ``init`` if it has a state.
+
+    Attributes:
+        sees_every_step: no step may be skipped, even where constraints leave only one token. A processor with a state
+            always sees every step.
+    """
+
+    sees_every_step: bool = False
 
     def init(self, context: Context) -> State:
         """The state before the first token, in its final shapes."""
         return {}
 
     def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        """Take the state and the logits (B, V) of float32 at ``context``, and return both as they are next.
+        """Return the next state and the processed logits, from the state and the logits (B, V) of float32.
 
         Neither is written to: a new tensor takes the place of one that changes.
         """
@@ -88,25 +100,21 @@ class Constraint(LogitsProcessor):
         return state, logits.masked_fill(~allowed, float("-inf"))
 
 
-class Stateless(LogitsProcessor):
-    """A function (tokens, logits) -> logits as a processor."""
+class FunctionProcessor(LogitsProcessor):
+    """A function (tokens, logits) -> logits, or one of transformers' LogitsProcessor objects, as a processor.
+
+    It gets the content's tokens, without a prefix's placeholders, and logits of its own to write to. A number of prompt
+    tokens that it is configured with counts the content only. It may remember what it saw, so no step is skipped for
+    it. What it remembers is its own affair: an object that does serves one generation only.
+    """
+
+    sees_every_step = True
 
     def __init__(self, function: LogitsFunction):
         self.function = function
 
     def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, self.function(context.tokens, logits)
-
-
-class FromTransformers(Stateless):
-    """One of transformers' LogitsProcessor objects, which sees the prompt and all that was generated.
-
-    It gets logits of its own to write to. What it remembers itself between calls is its own affair: such an object
-    serves one generation only.
-    """
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, self.function(context.tokens, logits.clone())
+        return state, self.function(context.content, logits.clone())
 
 
 def as_processors(processors: Iterable[LogitsProcessor | LogitsFunction]) -> list[LogitsProcessor]:
@@ -115,16 +123,13 @@ def as_processors(processors: Iterable[LogitsProcessor | LogitsFunction]) -> lis
     Raises:
         TypeError: for what is neither a processor nor a function.
     """
-    read = []
+    read: list[LogitsProcessor] = []
     for processor in processors:
-        if isinstance(processor, LogitsProcessor) or all(
-            callable(getattr(processor, name, None)) for name in ("init", "process", "reorder")
-        ):
-            read.append(processor)
-        elif any(base.__module__.startswith("transformers.") for base in type(processor).__mro__):
-            read.append(FromTransformers(processor))
+        names = ("init", "process", "reorder")
+        if isinstance(processor, LogitsProcessor) or all(callable(getattr(processor, name, None)) for name in names):
+            read.append(cast(LogitsProcessor, processor))
         elif callable(processor):
-            read.append(Stateless(processor))
+            read.append(FunctionProcessor(processor))
         else:
             raise TypeError(
                 "a logits processor has init, process and reorder, or is a function (tokens, logits) -> logits; "
@@ -133,16 +138,16 @@ def as_processors(processors: Iterable[LogitsProcessor | LogitsFunction]) -> lis
     return read
 
 
-# ------------------------------------------------------------------------------------- the ones that everybody has
+# ------------------------------------------------------------------------------------- sampling
 
 
 class Temperature(LogitsProcessor):
-    """Divide the logits by a temperature: below 1 the likely becomes likelier."""
+    """Divide the logits by a temperature; below 1 likely tokens become likelier."""
 
     def __init__(self, temperature: float):
         if temperature <= 0:
             raise ValueError(
-                f"temperature must be positive, got {temperature}; for the likeliest token use do_sample=False"
+                f"temperature must be positive, got {temperature}; generate(temperature=0) decodes greedily"
             )
         self.temperature = temperature
 
@@ -176,69 +181,6 @@ class TopP(LogitsProcessor):
         is_removed = F.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1 - self.p
         is_removed[:, -1] = False
         return state, logits.masked_fill(torch.zeros_like(is_removed).scatter(1, order, is_removed), float("-inf"))
-
-
-class MinP(LogitsProcessor):
-    """Leave the tokens that are at least p times as probable as the likeliest (Nguyen et al. 2024)."""
-
-    def __init__(self, p: float):
-        if not 0 <= p <= 1:
-            raise ValueError(f"min_p must be from 0 to 1, got {p}")
-        self.p = p
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        probabilities = F.softmax(logits, dim=-1)
-        is_removed = probabilities < self.p * probabilities.amax(dim=-1, keepdim=True)
-        return state, logits.masked_fill(is_removed, float("-inf"))
-
-
-class RepetitionPenalty(LogitsProcessor):
-    """Divide the positive logits of all tokens so far by a penalty, multiply the negative ones (Keskar et al. 2019)."""
-
-    def __init__(self, penalty: float):
-        if penalty <= 0:
-            raise ValueError(f"the repetition penalty must be positive, got {penalty}")
-        self.penalty = penalty
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        own = logits.gather(1, context.tokens)
-        own = torch.where(own < 0, own * self.penalty, own / self.penalty)
-        return state, logits.scatter(1, context.tokens, own)
-
-
-class ForcedTokens(Constraint):
-    """Force tokens at steps of the generation: 0 is the first, -1 the last, as an end token wants it."""
-
-    def __init__(self, tokens: Mapping[int, int]):
-        self.tokens = dict(tokens)
-
-    def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
-        step = context.step if context.step in self.tokens else context.step - context.n_new
-        allowed = context.tokens.new_ones(len(context.tokens), context.vocab_size, dtype=torch.bool)
-        if step in self.tokens:
-            allowed = torch.zeros_like(allowed)
-            allowed[:, self.tokens[step]] = True
-        return state, allowed
-
-
-class SuppressedTokens(Constraint):
-    """Forbid tokens, in the whole generation or before its first ``until`` tokens."""
-
-    def __init__(self, tokens: Sequence[int], until: int | None = None):
-        self.tokens, self.until = list(tokens), until
-
-    def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
-        allowed = context.tokens.new_ones(len(context.tokens), context.vocab_size, dtype=torch.bool)
-        if self.until is None or context.step < self.until:
-            allowed[:, self.tokens] = False
-        return state, allowed
-
-
-class MinimumLength(SuppressedTokens):
-    """Forbid an end token before so many tokens were generated."""
-
-    def __init__(self, n_tokens: int, end_token: int):
-        super().__init__([end_token], until=n_tokens)
 
 
 def describe_row(processors: Sequence[LogitsProcessor], states: Sequence[State], row: int, n_rows: int) -> str:

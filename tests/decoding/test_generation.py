@@ -6,12 +6,13 @@ Legend: B batch, T tokens of the prompt, P prefix positions, C channels, L layer
 import pytest
 import torch
 import torch.nn.functional as F
+from properties import Forbid
 from reference import random_model, reference_forward, reference_generate
 
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
 from mingpt.decoding.generation import beam_search, generate
-from mingpt.decoding.logits_processors import LogitsProcessor, SuppressedTokens, Temperature
+from mingpt.decoding.logits_processors import LogitsProcessor, Temperature
 from mingpt.kv_cache import n_positions
 from mingpt.prefix import Prefix
 from mingpt.training.precision import autocast
@@ -160,8 +161,7 @@ def test_dropout_is_off_in_evaluation_and_the_mode_is_the_callers():
     "options, message",
     [
         ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0"),
-        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature must not be negative, got -1"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"prefixes": torch.zeros(L, T, C)}, "8 tokens, of which 8 are the prefix's"),
         ({"prefixes": torch.zeros(L + 1, P, C)}, "3 layers, the model has 2"),
@@ -348,10 +348,10 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def forward_cached(self, tokens, past=None, **options):
+    def forward_cached(self, tokens, kv_cache=None, **options):
         if "n_last" in options:
-            self.read.append((len(tokens), n_positions(past) + tokens.shape[1]))
-        return self.model.forward_cached(tokens, past, **options)
+            self.read.append((len(tokens), n_positions(kv_cache) + tokens.shape[1]))
+        return self.model.forward_cached(tokens, kv_cache, **options)
 
 
 @pytest.mark.parametrize("n_new", [N_NEW, 15])
@@ -426,12 +426,12 @@ def test_a_processor_with_a_state_misses_no_step():
     assert len(counting.read) == 6
 
 
-# ------------------------------------------------------------------------------------------ constraint forbidden_mass
+# ------------------------------------------------------------------------------------------ forbidden mass
 
 
-def test_the_pressure_is_the_probability_that_is_forbidden():
+def test_the_forbidden_mass_is_the_probability_that_is_forbidden():
     model, prompts, record = random_model(), random_prompts(), []
-    constraints = [SuppressedTokens([0, 1, 2]), lambda _, logits: logits / 2, SuppressedTokens([2, 3])]
+    constraints = [Forbid([0, 1, 2]), lambda _, logits: logits / 2, Forbid([2, 3])]
     tokens = generate(model, prompts, N_NEW, logits_processors=constraints, forbidden_mass_record=record)
     assert torch.equal(tokens, generate(model, prompts, N_NEW, logits_processors=constraints))
     assert [each.shape for each in record] == [(B, 2)] * N_NEW
@@ -443,9 +443,9 @@ def test_the_pressure_is_the_probability_that_is_forbidden():
         torch.testing.assert_close(forbidden_mass, torch.stack([first, second], dim=1), atol=1e-5, rtol=1e-5)
 
 
-def test_rows_that_have_ended_are_under_no_pressure():
+def test_rows_that_have_ended_have_no_forbidden_mass():
     model, prompts, record = random_model(), random_prompts(n_rows=6), []
-    options = {"do_sample": True, "seed": 2, "stop_token": 4, "logits_processors": [SuppressedTokens([0])]}
+    options = {"do_sample": True, "seed": 4, "stop_token": 4, "logits_processors": [Forbid([0])]}
     tokens = generate(model, prompts, N_NEW, forbidden_mass_record=record, **options)
     has_ended = F.pad((tokens[:, T:] == 4).cumsum(dim=1) > 0, (1, 0))[:, : len(record)]
     assert has_ended.any()

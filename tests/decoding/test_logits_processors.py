@@ -8,25 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from properties import check_processor_laws
+import torch.nn.functional as F
+from properties import Forbid, check_processor_laws
 from reference import random_model
 
+from mingpt.decoding.automata import DFA
+from mingpt.decoding.constraints import RegularConstraint
 from mingpt.decoding.generation import generate
 from mingpt.decoding.logits_processors import (
     Context,
-    ForcedTokens,
-    FromTransformers,
+    FunctionProcessor,
     LogitsProcessor,
-    MinimumLength,
-    MinP,
-    RepetitionPenalty,
-    Stateless,
-    SuppressedTokens,
     Temperature,
     TopK,
     TopP,
     as_processors,
 )
+from mingpt.prefix import Prefix
 
 B, T, V, N_NEW = 4, 8, 11, 5  # V is random_model's
 
@@ -50,12 +48,8 @@ PROCESSORS = {
     "temperature": Temperature(0.7),
     "top_k": TopK(3),
     "top_p": TopP(0.8),
-    "min_p": MinP(0.1),
-    "repetition": RepetitionPenalty(1.7),
-    "forced": ForcedTokens({0: 3, 2: 5, -1: 7}),
-    "suppressed": SuppressedTokens([0, 4, 9]),
-    "minimum length": MinimumLength(3, 2),
-    "function": Stateless(lambda tokens, logits: logits - tokens[:, -1:]),
+    "function": FunctionProcessor(lambda tokens, logits: logits - tokens[:, -1:]),
+    "constraint": Forbid([0, 4, 9]),
     "stateful": NextForced(4),
 }
 
@@ -116,7 +110,7 @@ class Overwriting(LogitsProcessor):
         (OfTheBatch(), "alone"),
         (Forgetful(1), "reordered before step"),
         (Overwriting(), "written to"),
-        (SuppressedTokens(range(V)), "no token left"),
+        (Forbid(range(V)), "no token left"),
     ],
 )
 def test_the_laws_find_what_breaks_them(lawless, message):
@@ -138,53 +132,102 @@ def test_the_example_of_the_contributing_page_keeps_the_laws():
 # ---------------------------------------------------------------------------------------------- as in transformers
 
 
-def theirs():
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p"])
+def test_each_is_the_one_of_transformers(name):
     from transformers import generation as hf
 
-    return {
+    theirs = {
         "temperature": hf.TemperatureLogitsWarper(0.7),
         "top_k": hf.TopKLogitsWarper(3),
         "top_p": hf.TopPLogitsWarper(0.8),
+    }[name]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        logits = 4 * torch.randn(B, V, generator=generator)
+        tokens = torch.randint(V, (B, T), generator=generator)
+        found = apply(PROCESSORS[name], logits, tokens, n_new=3)
+        torch.testing.assert_close(found, theirs(tokens, logits.clone()), atol=1e-6, rtol=1e-6)
+
+
+def transformers_processors():
+    """What this package does not have itself, for prompts of T tokens and N_NEW new ones."""
+    from transformers import generation as hf
+
+    return {
         "min_p": hf.MinPLogitsWarper(0.1),
         "repetition": hf.RepetitionPenaltyLogitsProcessor(1.7),
         "suppressed": hf.SuppressTokensLogitsProcessor([0, 4, 9], device="cpu"),
         "minimum length": hf.MinNewTokensLengthLogitsProcessor(T, 3, 2, device="cpu"),
-        "forced": hf.ForcedEOSTokenLogitsProcessor(T + 3, 7, device="cpu"),
+        "forced at the end": hf.ForcedEOSTokenLogitsProcessor(T + N_NEW, 7, device="cpu"),
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["temperature", "top_k", "top_p", "min_p", "repetition", "suppressed", "minimum length", "forced"]
-)
-def test_each_is_the_one_of_transformers(name):
-    ours = PROCESSORS[name] if name != "forced" else ForcedTokens({-1: 7})
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        logits = 4 * torch.randn(B, V, generator=generator)
-        for n_more in range(4):
-            tokens = torch.randint(V, (B, T + n_more), generator=generator)
-            found = apply(ours, logits, tokens, n_prompt=T, n_new=3)
-            expected = theirs()[name](tokens, logits.clone())
-            if name == "forced" and n_more == 2:  # theirs leaves the forced one at 0, which is the same choice
-                expected[:, 7] = logits[:, 7]
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("name", ["min_p", "repetition", "suppressed", "minimum length", "forced at the end"])
+def test_a_processor_of_transformers_is_called_with_all_tokens_at_every_step(name):
+    """Greedily and sampled, it does what it does to the logits of a full run."""
+    model, prompts, processor = random_model(), random_prompts(), transformers_processors()[name]
+    check_processor_laws(FunctionProcessor(processor), vocab_size=V, n_new=N_NEW)
+    seen = []
+
+    def watch(tokens, logits):
+        seen.append((tokens.clone(), logits.clone()))
+        return logits
+
+    for options in ({}, {"do_sample": True, "seed": 3}):
+        seen.clear()
+        tokens = generate(model, prompts, N_NEW, logits_processors=[watch, processor, watch], **options)
+        assert len(seen) == 2 * N_NEW
+        for step in range(N_NEW):
+            (before, raw), (after, processed) = seen[2 * step : 2 * step + 2]
+            assert torch.equal(before, tokens[:, : T + step])
+            assert torch.equal(after, before)
+            assert torch.equal(processed, processor(before, raw.clone()))
+            assert options or torch.equal(tokens[:, T + step], processed.argmax(dim=-1))
+    if name == "suppressed":
+        assert not torch.isin(tokens[:, T:], torch.tensor([0, 4, 9])).any()
+    if name == "forced at the end":
+        assert (tokens[:, -1] == 7).all()
 
 
-def test_a_processor_of_transformers_is_welcome():
-    from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
+def test_transformers_processors_and_functions_get_no_placeholders():
+    """A penalty on what was said does not fall on token 0 because the prefix's placeholders are zeros."""
+    from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-    model, prompts = random_model(), random_prompts()
-    for ours, other in (
-        (RepetitionPenalty(3.0), RepetitionPenaltyLogitsProcessor(3.0)),
-        (TopK(2), TopKLogitsWarper(2)),
-    ):
-        expected = generate(model, prompts, N_NEW, logits_processors=[ours], do_sample=True, seed=3)
-        for adapted in (other, FromTransformers(other)):
-            assert torch.equal(
-                generate(model, prompts, N_NEW, logits_processors=[adapted], do_sample=True, seed=3), expected
-            )
-    assert isinstance(as_processors([other])[0], FromTransformers)
-    check_processor_laws(FromTransformers(other), vocab_size=V)
+    n_prefix, model, seen = 4, random_model(), []
+    content = torch.randint(1, V, (B, T - n_prefix), generator=torch.Generator().manual_seed(1))
+    prompts = torch.cat([torch.zeros(B, n_prefix, dtype=torch.int64), content], dim=1)
+    prefix = Prefix("key_value", torch.randn(1, 2, 2, n_prefix, 24, generator=torch.Generator().manual_seed(2)))
+
+    def watch(tokens, logits):
+        seen.append((tokens, logits.clone()))
+        return logits
+
+    processors = [watch, RepetitionPenaltyLogitsProcessor(50.0), watch]
+    generate(model, prompts, N_NEW, prefixes=prefix, logits_processors=processors)
+    for step in range(N_NEW):
+        (tokens, raw), (_, processed) = seen[2 * step : 2 * step + 2]
+        assert torch.equal(tokens[:, : T - n_prefix], content)
+        assert tokens.shape == (B, T - n_prefix + step)
+        unsaid = ~F.one_hot(tokens, V).any(dim=1)
+        assert torch.equal(raw[unsaid], processed[unsaid])
+        assert (raw != processed).any()
+    assert unsaid[:, 0].any()  # there are rows in which nobody said 0
+
+
+def test_no_step_is_skipped_for_a_processor_with_private_state():
+    class Remembering:
+        """As transformers' SequenceBias or watermarks: it keeps to itself what it saw."""
+
+        def __init__(self):
+            self.lengths = []
+
+        def __call__(self, tokens, logits):
+            self.lengths.append(tokens.shape[1])
+            return logits
+
+    remembering, constraint = Remembering(), RegularConstraint(DFA.from_regex("1 2 3 (4|5) 6", V))
+    generate(random_model(), random_prompts(), N_NEW, logits_processors=[constraint, remembering])
+    assert remembering.lengths == list(range(T, T + N_NEW))
 
 
 @pytest.mark.parametrize(
@@ -194,8 +237,6 @@ def test_a_processor_of_transformers_is_welcome():
         (lambda: TopK(0), "top_k must be at least 1"),
         (lambda: TopP(0.0), "top_p must be above 0"),
         (lambda: TopP(1.1), "top_p must be above 0"),
-        (lambda: MinP(-0.1), "min_p must be from 0"),
-        (lambda: RepetitionPenalty(0), "penalty must be positive"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
@@ -206,6 +247,14 @@ def test_what_makes_no_sense_is_refused(make, message):
 def test_what_is_no_processor_is_refused():
     with pytest.raises(TypeError, match="init, process and reorder, or is a function"):
         as_processors([3])
+
+
+def test_contexts_are_compared_by_identity():
+    """Their tensors have no single truth value."""
+    tokens = random_prompts()
+    one, other = Context(tokens, T, N_NEW, V), Context(tokens, T, N_NEW, V)
+    assert one == one
+    assert one != other
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
