@@ -168,7 +168,9 @@ def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "", rows: str = 
     shape = (len(matrix.prefixes), len(matrix.tasks))
     if 0 in shape or [len(row) for row in matrix.scores] != [shape[1]] * shape[0]:
         raise ValueError(f"the matrix must have scores for {shape[0]} prefixes by {shape[1]} tasks, at least one each")
-    figure, ax = _percent_heatmap(DataFrame(matrix.accuracies, matrix.prefixes, matrix.tasks), title)
+    figure, ax = _percent_heatmap(
+        DataFrame(matrix.accuracies, matrix.prefixes, matrix.tasks), title, "accuracy in percent", 100
+    )
     is_own = np.equal.outer(np.array(matrix.prefixes), np.array(matrix.tasks))
     for row, column in np.argwhere(is_own):
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=1.6, clip_on=False))
@@ -191,7 +193,8 @@ def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Fi
     Raises:
         ValueError: if there are no scores, or their positions are missing or differ in number.
     """
-    return _position_heatmap({name: score.by_position for name, score in scores.items()}, title, "accuracy", 100)
+    shares = {name: score.by_position for name, score in scores.items()}
+    return _position_heatmap(shares, title, "accuracy in percent", 100)
 
 
 def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = "") -> Figure:
@@ -204,11 +207,13 @@ def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = 
     Raises:
         ValueError: if there are no effects, or their lengths differ.
     """
-    masses = {name: effect.forbidden_mass for name, effect in effects.items()}
-    return _position_heatmap(masses, title, "forbidden mass", None)
+    shares = {name: effect.forbidden_mass for name, effect in effects.items()}
+    return _position_heatmap(shares, title, "forbidden mass in percent")
 
 
-def _position_heatmap(shares: Mapping[str, Sequence[float]], title: str, label: str, highest: float | None) -> Figure:
+def _position_heatmap(
+    shares: Mapping[str, Sequence[float]], title: str, label: str, highest: float | None = None
+) -> Figure:
     """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
     from pandas import DataFrame
 
@@ -221,16 +226,13 @@ def _position_heatmap(shares: Mapping[str, Sequence[float]], title: str, label: 
     return figure
 
 
-def _percent_heatmap(
-    shares: DataFrame, title: str, label: str = "accuracy", highest: float | None = 100
-) -> tuple[Figure, Axes]:
+def _percent_heatmap(shares: DataFrame, title: str, label: str, highest: float | None) -> tuple[Figure, Axes]:
     """A figure of shares, 0 to 1, in percent, their colours from 0 to ``highest``, by default the highest of them."""
     widest, tallest = (max(len(str(name)) for name in names) for names in shares.axes)
-    n_rows, n_columns = shares.shape
-    width = max(0.42 * n_columns + 0.075 * widest + 1.2, 5.0)
-    figure = _new_figure(width, max(0.26 * n_rows + 0.05 * tallest + 1.4, 2.1), title)
+    width, height = 0.42 * shares.shape[1] + 0.075 * widest + 1.2, 0.26 * shares.shape[0] + 0.05 * tallest + 1.4
+    figure = _new_figure(max(width, 5.0), max(height, 2.1), title)
     ax = figure.subplots()
-    _heatmap(ax, 100 * shares, ".1f", highest, {"label": f"{label} in percent", "pad": 0.15 / width})
+    _heatmap(ax, 100 * shares, ".1f", highest, label)
     return figure, ax
 
 
@@ -438,7 +440,8 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
     for ax, (name, each) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         frame = DataFrame(each.cpu().numpy(), range(1, n_layers + 1), range(1, n_heads + 1))
         _heatmap(ax, frame, ".2f" if each.is_floating_point() else "d")
-        ax.set(xlabel="head", ylabel="layer", title=name)
+        ax.set(xlabel="head", ylabel="layer")
+        ax.set_title(name, fontsize=9)
     return figure
 
 
@@ -463,21 +466,16 @@ def _new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def _heatmap(
-    ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None, colorbar: dict[str, object] | None = None
-) -> None:
-    """Draw a table of numbers from 0 to ``highest`` as annotated cells, with a colour bar if its options are given."""
+def _heatmap(ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None, bar_label: str = "") -> None:
+    """Draw a table of numbers from 0 to ``highest`` as annotated cells, with a colour bar if that has a label."""
     import seaborn as sns
 
-    style = {"annot_kws": {"fontsize": 7}, "linewidths": 0.5, "xticklabels": True, "yticklabels": True}
-    has_bar = colorbar is not None
-    sns.heatmap(
-        frame, vmin=0, vmax=highest, cmap="Blues", annot=True, fmt=fmt, cbar=has_bar, cbar_kws=colorbar, ax=ax, **style
-    )
+    style = {"annot": True, "annot_kws": {"fontsize": 7}, "linewidths": 0.5, "xticklabels": True, "yticklabels": True}
+    bar = {"cbar": bool(bar_label), "cbar_kws": {"label": bar_label}}
+    sns.heatmap(frame, vmin=0, vmax=highest, cmap="Blues", fmt=fmt, ax=ax, **style, **bar)
     ax.tick_params(length=0, labelrotation=0)
-    _tidy(ax)
-    for bar in filter(None, [ax.collections[0].colorbar]):
-        _tidy(bar.ax)
+    for each in [ax, *(bar.ax for bar in [ax.collections[0].colorbar] if bar)]:
+        _tidy(each)
 
 
 def _tidy(ax: Axes, grid: Literal["x", "y", "both"] | None = None) -> None:

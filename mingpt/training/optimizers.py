@@ -42,9 +42,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by (rows, columns) of the wide form
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 if p not in self.state:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
@@ -124,9 +122,9 @@ def build_optimizer(model: ConfiguresOptimizers, config: CfgNode) -> Optimizer |
     if not isinstance(blocks, nn.Module):
         raise ValueError(f"optimizer = 'muon' is for a GPT's blocks, {type(model).__name__} has none; use adamw")
     matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
-    chosen = {id(p) for p in matrices}
+    chosen = set(matrices)
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        group["params"] = [p for p in group["params"] if p not in chosen]
     muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
     return ChainedOptimizer(muon, optimizer)
 

@@ -15,16 +15,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from mingpt.analysis.figures import (
+    PREFIX_COLORS,
     accuracy_curves,
     accuracy_matrix_figure,
     attention_visualization,
+    forbidden_mass_figure,
+    head_heatmap,
     learning_curves,
     paired_bars,
     pca_figure,
     position_accuracy_figure,
     read_metrics,
 )
-from mingpt.evaluation import AccuracyMatrix, Score
+from mingpt.evaluation import AccuracyMatrix, ConstraintEffect, Score
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
 
 matplotlib.use("Agg")
@@ -44,7 +47,7 @@ def record_of(n_layers, n_heads, n_tokens=T):
 
 
 def sample_of(prefix_size=P, length=L):
-    return torch.tensor([0] * prefix_size + [1 + place % 10 for place in range(2 * length)])
+    return torch.tensor([0] * prefix_size + [1 + i % 10 for i in range(2 * length)])
 
 
 def panels_of(figure):
@@ -145,7 +148,7 @@ def test_axes_name_the_tokens_that_were_read_and_their_groups(ignore, groups):
     n_hidden = P if ignore else 0
     for axis in (top_left.yaxis, bottom_left.yaxis, bottom_left.xaxis, bottom_right.xaxis):
         assert labels(axis) == ["7", "5", "3", "10", "11", "12", "4"]
-        assert list(axis.get_ticklocs()) == [place + 0.5 - n_hidden for place in range(P, T)]
+        assert list(axis.get_ticklocs()) == [token + 0.5 - n_hidden for token in range(P, T)]
         assert labels(axis, minor=True) == groups
     for axis in (top_left.xaxis, top_right.xaxis, top_right.yaxis, bottom_right.yaxis):
         assert labels(axis) == []
@@ -176,7 +179,9 @@ def test_attention_labels_do_not_overlap(n_layers, n_heads, prefix_size, length,
     sample = torch.full((prefix_size + 2 * length,), token)
     figure = attention_visualization(sample, record, prefix_size, length, "title")
     assert_nothing_is_cut_off(figure)
-    assert_nothing_overlaps(text for ax in panels_of(figure) for text in ax.findobj(Text))
+    texts = [text for ax in panels_of(figure) for text in ax.findobj(Text) if text.get_text() and text.get_visible()]
+    assert_nothing_overlaps(texts)
+    assert min(text.get_fontsize() for text in texts) >= 6
 
 
 @pytest.mark.parametrize(
@@ -253,6 +258,16 @@ def test_position_accuracies_are_shown_by_row():
     assert_nothing_is_cut_off(figure)
 
 
+def test_forbidden_masses_are_on_a_scale_of_their_own():
+    masses = {"sort": (0.0, 0.02, 0.05), "add": (0.01, 0.0, 0.0)}
+    figure = forbidden_mass_figure({name: ConstraintEffect(score(1), score(2), each) for name, each in masses.items()})
+    ax = figure.axes[0]
+    np.testing.assert_allclose(cells_of(ax), 100 * np.array(list(masses.values())))
+    assert ax.collections[0].get_clim() == (0, 5)
+    assert [text.get_text() for text in ax.texts] == ["0.0", "2.0", "5.0", "1.0", "0.0", "0.0"]
+    assert_nothing_is_cut_off(figure)
+
+
 @pytest.mark.parametrize("lengths", [(), (0,), (2, 3)])
 def test_positions_that_differ_in_number_are_refused(lengths):
     with pytest.raises(ValueError, match="by_position"):
@@ -274,13 +289,14 @@ def test_bars_are_the_accuracies_with_their_intervals():
         (segments,) = bars.errorbar[2]
         ends = [segment[:, 0] for segment in segments.get_segments()]
         np.testing.assert_allclose(ends, [100 * np.array(scores[t].confidence_interval) for t in TASKS], atol=1e-9)
-    places = dict(zip(labels(ax.yaxis), ax.get_yticks(), strict=True))
-    assert list(places) == [name for group, tasks in GROUPS.items() for name in (group, *tasks)]
+    ticks = dict(zip(labels(ax.yaxis), ax.get_yticks(), strict=True))
+    assert list(ticks) == [name for group, tasks in GROUPS.items() for name in (group, *tasks)]
     for bar, task in zip(with_bars, TASKS, strict=True):
-        assert bar.get_y() < places[task] < places[task] + 0.5
+        assert bar.get_y() < ticks[task] < ticks[task] + 0.5
     bold = {label.get_text() for label in ax.get_yticklabels() if label.get_fontweight() == "bold"}
     assert bold == set(GROUPS)
     assert [text.get_text() for text in ax.texts][:2] == ["100.0", "94.1"]
+    assert [to_rgb(bars[0].get_facecolor()) for bars in (with_bars, without_bars)] == [*map(to_rgb, PREFIX_COLORS)]
 
 
 @pytest.mark.parametrize("n_rows", [3200, 20])
@@ -329,6 +345,18 @@ def test_accuracy_curves_are_the_scores_with_their_intervals():
 def test_accuracy_curves_without_scores_are_refused(panels):
     with pytest.raises(ValueError, match="at least one score"):
         accuracy_curves(panels)
+
+
+def test_heads_have_their_numbers_in_one_format():
+    values = {"counts": torch.tensor([[1, 2, 3], [4, 5, 6]]), "shares": torch.tensor([[0.53, 0.461, 0], [1, 0.1, 0.2]])}
+    figure = head_heatmap(values, "title")
+    assert [ax.get_title() for ax in figure.axes] == list(values)
+    for ax, each in zip(figure.axes, values.values(), strict=True):
+        np.testing.assert_allclose(cells_of(ax), each)
+        assert (labels(ax.yaxis), labels(ax.xaxis)) == (["1", "2"], ["1", "2", "3"])
+    printed = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert printed == [list("123456"), ["0.53", "0.46", "0.00", "1.00", "0.10", "0.20"]]
+    assert_nothing_is_cut_off(figure)
 
 
 def test_points_keep_their_distances_where_a_plane_holds_them():
