@@ -1,15 +1,16 @@
-"""Transformers that do whatever their one virtual token says: constructions, in this package's own GPT.
+"""Transformers that do whatever their one virtual token says, built as GPTs of this package.
 
 Legend: V vocabulary, N length, G gates, C channels.
 
-Petrov et al. (2024, section 3) prove that a fixed transformer exists which a single virtual token makes generate any
-sequence at all, and another which one makes compute any function of a token. So it is not that a prefix holds too
-little: learned prefixes fail because pretrained weights are no such interpreters. These models are built in their
-manner, smaller: one layer, one head, weights written down instead of learned, exact in float32.
+Petrov et al. (2024, section 3) prove two things. There is a fixed transformer that generates any sequence, and one that
+computes any function of a token; which one is chosen by a single virtual token. So a prefix can hold enough: where
+learned prefixes fail, the pretrained weights are no such interpreter. These models follow the paper's constructions and
+are smaller: one layer, one head, weights written down instead of learned, exact in float32.
 
-The virtual token's value is a table of G rows of V, a one in each. All attention goes to it, so every position has the
-table in its residual stream, and beside it one of G gates: its own position, or the token that it reads. A hidden unit
-of the MLP for each entry of the table is on where the entry and its row's gate are, and votes for the entry's token.
+The virtual token's value is a table of G rows, each a one-hot vector of V. All attention goes to it, so every position
+has the table in its residual stream. Beside it is one of G gates: the position, or the token that is read there. The
+MLP has a hidden unit for each entry of the table. It is on where both the entry and its row's gate are 1, and votes for
+the entry's token.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ _SCORE = 100.0
 """The virtual token's attention score, where the content's is 0: what the content gets is below float32's rounding."""
 
 _STEEP = 40.0
-"""How far a hidden unit is from zero, on or off, times two: GELU is the identity on one side and zero on the other."""
+"""Twice a hidden unit's input where it is on, and minus that where it is off: GELU is the identity there, and zero."""
 
 
 def sequence_interpreter(vocab_size: int, length: int) -> GPT:
-    """A GPT that generates the sequence its virtual token says, one of V^N, after any one first token.
+    """A GPT that generates any of the V^N sequences, whichever its virtual token holds, after any one first token.
 
     Args:
         vocab_size: V.
         length: N.
 
     Returns:
-        A GPT of block_size N + 1, whose virtual tokens ``program`` makes from rows (N,) of what to generate.
+        A GPT of block_size N + 1, whose prefixes ``virtual_tokens`` makes from rows (N,) of what to generate.
 
     Source: after theorem 1 of Petrov et al. 2024.
     """
@@ -46,13 +47,13 @@ def sequence_interpreter(vocab_size: int, length: int) -> GPT:
 
 
 def function_interpreter(vocab_size: int) -> GPT:
-    """A GPT that follows any token x by f(x), where f is what its virtual token says, one of V^V functions.
+    """A GPT that answers any token x with f(x), where f is any of the V^V functions, whichever its virtual token holds.
 
     Args:
         vocab_size: V.
 
     Returns:
-        A GPT of block_size 2, whose virtual tokens ``program`` makes from rows (V,) of f(0), f(1), ...
+        A GPT of block_size 2, whose prefixes ``virtual_tokens`` makes from rows (V,) of f(0), f(1), ...
 
     Source: after theorem 2 of Petrov et al. 2024.
     """
@@ -62,8 +63,8 @@ def function_interpreter(vocab_size: int) -> GPT:
     return model
 
 
-def program(model: GPT, tables: Tensor) -> Prefix:
-    """The virtual tokens that make an interpreter do what tables say.
+def virtual_tokens(model: GPT, tables: Tensor) -> Prefix:
+    """The virtual tokens that make an interpreter generate the tokens in tables.
 
     Args:
         model: of ``sequence_interpreter`` or ``function_interpreter``.
@@ -90,7 +91,7 @@ def program(model: GPT, tables: Tensor) -> Prefix:
 
 
 def _interpreter(vocab_size: int, n_gates: int, block_size: int) -> GPT:
-    """All of an interpreter but the embeddings that open its gates. Channels: the gates, the table, the votes."""
+    """An interpreter without the embeddings that set its gates. Its channels are the gates, the table, the votes."""
     n_entries = n_gates * vocab_size
     n_embd = n_gates + n_entries + vocab_size
     config = GPT.get_default_config()
@@ -116,7 +117,10 @@ def _interpreter(vocab_size: int, n_gates: int, block_size: int) -> GPT:
 
 
 def _invert_layernorm(norm: nn.LayerNorm, n_ones: int) -> None:
-    """Have a LayerNorm leave as it is what holds this many ones and else zeros: its mean and variance are known."""
+    """Set a LayerNorm so that it does not change vectors of this many ones and zeros elsewhere.
+
+    Their mean and variance are known, so its weight and bias can undo them.
+    """
     mean = n_ones / norm.normalized_shape[0]
     norm.weight.fill_((mean - mean**2 + norm.eps) ** 0.5)
     norm.bias.fill_(mean)

@@ -1,35 +1,41 @@
 """Every figure: attention maps, accuracy matrices, learning curves, what a prefix changes, accuracy by position.
 
-Each function returns a matplotlib Figure, to be saved with ``figure.savefig(path)``. In a notebook it is shown once,
-whether or not it is the cell's last value. Colours are told apart by the colour-blind too, and no global style changes.
+Each function returns a matplotlib Figure, to be saved with ``figure.savefig(path)``. A notebook shows it where it is a
+cell's last value; anywhere else in a cell, call ``display(figure)``. pyplot does not know these figures: no window
+opens, nothing has to be closed and no global style changes. The colours are those of seaborn's colour-blind palette;
+blue is with a prefix and grey without one.
 
 Legend: H heads, L row length, P prefix positions, T = P + 2 L - 1 tokens that the model reads.
 """
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from mingpt.evaluation import AccuracyMatrix, ConstraintEffect, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-    from mingpt.evaluation import AccuracyMatrix, ConstraintEffect, Score
+    from pandas import DataFrame
 
 MAX_ANNOTATED_PANELS = 8
 """The most attention maps in one figure whose values are printed."""
 
-_DARK, _ACCENT, _PALE = "#0173B2", "#D55E00", "#B8B8B8"  # blue, vermilion and grey, apart for every kind of eye
+PREFIX_COLORS = ("#0173B2", "#B8B8B8")
+"""With a prefix, blue, and without one, grey."""
+
+_OUTLINE = "#D55E00"  # vermilion
+_MIN_FONT = 6.0  # points; smaller text is left out
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -47,7 +53,7 @@ def attention_visualization(
     """Draw what every head of every layer attends to: one row of maps for each layer, one column for each head.
 
     Args:
-        sample: (P + 2 L,) or (1, P + 2 L) tokens: prefix places, input, output; the last one the model did not read.
+        sample: (P + 2 L,) or (1, P + 2 L) tokens: placeholders, input, output. The model did not read the last one.
         activations_record: what ``model(sample[None, :-1], activations_record=record)`` recorded: its "attention"
             entries are (1, H, T, T), one a layer, and the others are skipped. It is not changed.
         prefix_size: P.
@@ -60,92 +66,86 @@ def attention_visualization(
     Raises:
         ValueError: if the record has no attention or that of several rows, or a shape does not fit the sizes.
     """
-    tokens = [str(token) for token in sample.flatten().tolist()][:-1]
-    layers = _attention_layers(sample, activations_record, prefix_size, length)
+    from matplotlib.colors import PowerNorm
+
+    maps, tokens = _attention_maps(sample, activations_record, prefix_size, length), sample.flatten().tolist()[:-1]
     if ignore_and_rescale_prefix:
-        layers, tokens = [_without_prefix(layer, prefix_size) for layer in layers], tokens[prefix_size:]
-        prefix_size = 0
-    n_layers, n_heads, n_tokens = len(layers), len(layers[0]), len(tokens)
+        maps, tokens = maps[..., prefix_size:, prefix_size:], tokens[prefix_size:]
+        sums = maps.sum(dim=-1, keepdim=True)  # 0 where a token attends to the prefix only
+        maps, prefix_size = maps / sums.clamp(min=torch.finfo(maps.dtype).tiny), 0
+    n_layers, n_heads, n_tokens, _ = maps.shape
     is_small = n_layers * n_heads <= MAX_ANNOTATED_PANELS
-    panel = min(max(2.4, 0.16 * n_tokens), 8.0) if is_small else min(max(2.2, 0.085 * n_tokens), 3.0)  # inches
+    panel = min(max(2.4, 0.17 * n_tokens), 8.0) if is_small else min(max(2.2, 0.085 * n_tokens), 3.0)  # inches
     cell = 72 * panel / n_tokens  # points
     figure = _new_figure(n_heads * panel + 1.3, n_layers * panel + 0.8, title)
-    grid = figure.subplots(n_layers, n_heads, squeeze=False)
-    is_later = np.triu(np.ones((n_tokens, n_tokens), dtype=bool), k=1)
-    for layer, heads in enumerate(layers):
-        for head, weights in enumerate(heads):
-            ax = grid[layer, head]
-            is_blank = is_later | (weights < 0.005) | (not annot or not is_small or cell < 9)
-            texts = np.where(is_blank, "", np.char.lstrip(np.char.mod("%.2f", weights), "0"))
-            _heatmap(ax, np.ma.array(weights, mask=is_later), 1.0, texts, "YlGnBu", min(8.0, 0.44 * cell))
-            for edge in {prefix_size, prefix_size + length} - {0, n_tokens}:
-                ax.plot([0, edge, edge], [edge, edge, n_tokens], color="0.35", linewidth=0.6)
-            # The triangle of later tokens is empty: room for the title, unless it is tiny.
-            ax.set_title(f"L{layer + 1} H{head + 1}", loc="right", y=1.0, pad=-9 if n_tokens > 4 else 3, fontsize=8)
+    grid = figure.subplots(n_layers, n_heads, squeeze=False, sharex=True, sharey=True)
     edges = [0, prefix_size, prefix_size + length, n_tokens]
-    for ax in grid.flat:
-        ax.set(xticks=[], yticks=[])
-    for ax in grid[-1]:
-        _label_tokens(ax.xaxis, tokens, edges, cell)
-    for ax in grid[:, 0]:
-        _label_tokens(ax.yaxis, tokens, edges, cell, rotation=90, va="center")
-    figure.supxlabel("attended token", fontsize=max(9, 0.65 * figure.get_figwidth()))
-    figure.supylabel("attending token", fontsize=max(9, 0.65 * figure.get_figwidth()))
+    is_later = np.triu(np.ones((n_tokens, n_tokens), dtype=bool), k=1)
+    is_printed = (maps >= 0.005).numpy() & ~is_later & (annot and is_small and 0.5 * cell >= _MIN_FONT)
+    for (layer, head), ax in np.ndenumerate(grid):
+        weights = np.ma.array(maps[layer, head].numpy(), mask=is_later)
+        # Not seaborn's heatmap, which draws the whole figure again for every panel.
+        mesh = ax.pcolormesh(weights, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 1), rasterized=True)
+        for row, column in np.argwhere(is_printed[layer, head]):
+            text, color = f"{weights[row, column]:.2f}", "white" if weights[row, column] > 0.45 else "black"
+            style = {"ha": "center", "va": "center", "fontsize": min(8.0, 0.5 * cell), "color": color}
+            ax.text(column + 0.5, row + 0.5, text.removeprefix("0")[:3], **style)
+        for edge in {*edges} - {0, n_tokens}:
+            ax.plot([0, edge, edge], [edge, edge, n_tokens], color="0.35", linewidth=0.6)
+        # The triangle of later tokens is empty: room for the title, unless it is tiny.
+        ax.set_title(f"L{layer + 1} H{head + 1}", loc="right", y=1.0, pad=-9 if n_tokens > 4 else 3, fontsize=8)
+        ax.spines[:].set_visible(False)
+    grid[0, 0].set_ylim(n_tokens, 0)
+    _label_tokens(grid, list(map(str, tokens)), edges, cell)
+    fontsize = max(9, 0.65 * figure.get_figwidth())
+    figure.supxlabel("attended token", fontsize=fontsize)
+    figure.supylabel("attending token", fontsize=fontsize)
     label = "attention, rescaled" if ignore_and_rescale_prefix else "attention"
-    _add_colorbar(figure, grid, label, shrink=min(1.0, 2.5 / (n_layers * panel)))
+    shrink, pad = min(1.0, 2.5 / (n_layers * panel)), 0.15 / figure.get_figwidth()
+    _tidy(figure.colorbar(mesh, ax=grid, label=label, shrink=shrink, pad=pad, anchor=(0, 1)).ax)
     return figure
 
 
-def _attention_layers(
+def _attention_maps(
     sample: Tensor, activations_record: Iterable[tuple[str, Tensor]], prefix_size: int, length: int
-) -> list[np.ndarray]:
-    """The record's attention, (H, T, T) for each layer, after a check of every size."""
-    if prefix_size < 0 or length < 1:
-        raise ValueError(f"prefix_size must be at least 0 and length at least 1, got {prefix_size} and {length}")
+) -> Tensor:
+    """The record's attention, (layers, H, T, T) of float32, after a check of every size."""
     n_tokens = prefix_size + 2 * length - 1
-    if tuple(sample.shape) not in {(n_tokens + 1,), (1, n_tokens + 1)}:
+    if prefix_size < 0 or length < 1 or tuple(sample.shape) not in {(n_tokens + 1,), (1, n_tokens + 1)}:
         raise ValueError(
-            f"sample must be one row of prefix_size + 2 * length = {n_tokens + 1} tokens, got {tuple(sample.shape)}"
+            "sample must be one row of prefix_size + 2 * length tokens, with prefix_size from 0 and length from 1 up; "
+            f"got the shape {tuple(sample.shape)}, prefix_size = {prefix_size} and length = {length}"
         )
-    record = list(activations_record)
-    layers = [tensor for name, tensor in record if name == "attention"]
-    if not layers:
+    record = [(name, tensor, tuple(tensor.shape)) for name, tensor in activations_record]
+    layers = [tensor.detach().float().cpu() for name, tensor, _ in record if name == "attention"]
+    n_heads = {tensor.shape[1] for tensor in layers if tensor.ndim == 4}
+    if len(n_heads) != 1 or any(tensor.shape != (1, *n_heads, n_tokens, n_tokens) for tensor in layers):
         raise ValueError(
-            f"the record must have 'attention' entries, got {sorted({name for name, _ in record})}; "
-            "pass the list that model(tokens, activations_record=...) has filled"
+            f"the record must have one row's 'attention' for each layer, (1, heads, {n_tokens}, {n_tokens}) with the "
+            f"same heads in all, got {sorted({(name, shape) for name, _, shape in record})}; "
+            "pass the list that model(sample[None, :-1], activations_record=...) has filled"
         )
-    for number, layer in enumerate(layers, start=1):
-        shape = tuple(layer.shape)
-        if layer.ndim == 4 and len(layer) != 1:
-            raise ValueError(f"the record must be of one row, got {len(layer)}; record model(sample[None, :-1], ...)")
-        if layer.ndim != 4 or shape[2:] != (n_tokens, n_tokens) or shape[1] != layers[0].shape[1] or not shape[1]:
-            raise ValueError(
-                f"attention entry {number} must be (1, heads, {n_tokens}, {n_tokens}), the square of prefix_size + "
-                f"2 * length - 1 tokens, with the same heads in each layer; got {shape}"
-            )
-    return [layer[0].detach().float().cpu().numpy() for layer in layers]
+    return torch.cat(layers)
 
 
-def _without_prefix(attention: np.ndarray, prefix_size: int) -> np.ndarray:
-    """(H, T, T) to (H, T - P, T - P), each row rescaled to sum to 1; a row that looks at the prefix only stays 0."""
-    content = attention[:, prefix_size:, prefix_size:]
-    sums = content.sum(axis=-1, keepdims=True)
-    return np.divide(content, sums, out=np.zeros_like(content), where=sums > 0)
-
-
-def _label_tokens(axis: Axis, tokens: Sequence[str], edges: Sequence[int], cell: float, **group_style: Any) -> None:
-    """Name the content tokens along an axis, and next to them the groups prefix, input and output between edges."""
+def _label_tokens(grid: np.ndarray, tokens: Sequence[str], edges: Sequence[int], cell: float) -> None:
+    """Name the content tokens along shared axes, and next to them the groups prefix, input and output between edges."""
     n_letters = max(map(len, tokens))
-    per_cell = cell * min(0.72, 1.4 / n_letters)  # points of the largest text that fits into a cell
-    step = math.ceil(3.4 / per_cell)  # long rows have a label at every step-th token
+    per_cell = cell * min(0.72, 1.25 / n_letters)  # points of the largest text that fits into a cell
+    step = math.ceil(_MIN_FONT / per_cell)  # long rows have a label at every step-th token
     fontsize = min(8.0, step * per_cell)
-    places = range(edges[1], len(tokens), step)
+    labelled = range(edges[1], len(tokens), step)
     spans = zip(("prefix", "input", "output"), edges, edges[1:], strict=False)
     groups = {name: (start + end) / 2 for name, start, end in spans if end > start}
-    axis.remove_overlapping_locs = False  # a group's middle may be a token's place
-    axis.set_ticks([place + 0.5 for place in places], [tokens[place] for place in places], fontsize=fontsize)
-    axis.set_ticks(list(groups.values()), list(groups), minor=True, fontsize=8, **group_style)
-    axis.set_tick_params(which="minor", pad=4 + 0.7 * max(2, n_letters) * fontsize)
+    for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
+        axis.set_ticks([token + 0.5 for token in labelled], [tokens[token] for token in labelled])
+        axis.set_ticks(list(groups.values()), list(groups), minor=True)
+    for ax in grid.flat:
+        ax.tick_params(labelsize=fontsize, length=0)
+        ax.tick_params(which="minor", labelsize=8, length=0, pad=4 + 0.7 * max(2, n_letters) * fontsize)
+        ax.tick_params(which="minor", axis="y", labelrotation=90)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.remove_overlapping_locs = False  # a group's middle may be a token's
 
 
 # ----------------------------------------------------------------------------------------------- accuracies
@@ -163,24 +163,22 @@ def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "", rows: str = 
         ValueError: if the matrix is empty or its rows have not one score for each task.
     """
     from matplotlib.patches import Rectangle
+    from pandas import DataFrame
 
     shape = (len(matrix.prefixes), len(matrix.tasks))
     if 0 in shape or [len(row) for row in matrix.scores] != [shape[1]] * shape[0]:
         raise ValueError(f"the matrix must have scores for {shape[0]} prefixes by {shape[1]} tasks, at least one each")
-    figure, ax = _percent_heatmap(matrix.prefixes, matrix.tasks, matrix.accuracies, title)
-    for row, prefix in enumerate(matrix.prefixes):
-        for column, task in enumerate(matrix.tasks):
-            if prefix == task:
-                outline = Rectangle((column, row), 1, 1, fill=False, edgecolor=_ACCENT, linewidth=1.6, clip_on=False)
-                ax.add_patch(outline)
-    ax.set_xticks(ax.get_xticks(), matrix.tasks, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_xlabel("task", fontsize=9)
-    ax.set_ylabel(rows, fontsize=9)
-    counts = sorted({score.n_rows for row in matrix.scores for score in row})
-    n_rows = " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
-    outlined = (
-        " Outlined: the prefix on the task it is named after." if set(matrix.prefixes) & set(matrix.tasks) else ""
+    figure, ax = _percent_heatmap(
+        DataFrame(matrix.accuracies, matrix.prefixes, matrix.tasks), title, "accuracy in percent", 100
     )
+    is_own = np.equal.outer(np.array(matrix.prefixes), np.array(matrix.tasks))
+    for row, column in np.argwhere(is_own):
+        ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=1.6, clip_on=False))
+    ax.set_xticks(ax.get_xticks(), matrix.tasks, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set(xlabel="task", ylabel=rows)
+    counts = [score.n_rows for row in matrix.scores for score in row]
+    n_rows = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+    outlined = " Outlined: the prefix on the task it is named after." if is_own.any() else ""
     figure.supxlabel(f"{n_rows} rows a cell.{outlined}", fontsize=8)
     return figure
 
@@ -195,24 +193,47 @@ def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Fi
     Raises:
         ValueError: if there are no scores, or their positions are missing or differ in number.
     """
-    accuracies = {name: score.by_position for name, score in scores.items()}
-    return _position_heatmap(accuracies, "scores must have by_position", title, "accuracy in percent")
+    shares = {name: score.by_position for name, score in scores.items()}
+    return _position_heatmap(shares, title, "accuracy in percent", 100)
 
 
 def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = "") -> Figure:
     """Draw how much probability constraints took away at each output position: one row for each effect.
 
     Args:
-        effects: by name, all of the same length.
+        effects: by name, each with a ``forbidden_mass`` of the same length.
         title: above the figure.
 
     Raises:
         ValueError: if there are no effects, or their lengths differ.
     """
-    forbidden_masses = {name: effect.forbidden_mass for name, effect in effects.items()}
-    return _position_heatmap(
-        forbidden_masses, "effects must have a forbidden_mass", title, "forbidden probability in percent"
-    )
+    shares = {name: effect.forbidden_mass for name, effect in effects.items()}
+    return _position_heatmap(shares, title, "forbidden mass in percent")
+
+
+def _position_heatmap(
+    shares: Mapping[str, Sequence[float]], title: str, label: str, highest: float | None = None
+) -> Figure:
+    """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
+    from pandas import DataFrame
+
+    lengths = {name: len(values) for name, values in shares.items()}
+    if len({*lengths.values()}) != 1 or 0 in lengths.values():
+        raise ValueError(f"by_position, or forbidden_mass, must be of one length for all names, got {lengths}")
+    frame = DataFrame(shares, range(1, max(lengths.values()) + 1)).T
+    figure, ax = _percent_heatmap(frame, title, label, highest)
+    ax.set_xlabel("output position")
+    return figure
+
+
+def _percent_heatmap(shares: DataFrame, title: str, label: str, highest: float | None) -> tuple[Figure, Axes]:
+    """A figure of shares, 0 to 1, in percent, their colours from 0 to ``highest``, by default the highest of them."""
+    widest, tallest = (max(len(str(name)) for name in names) for names in shares.axes)
+    width, height = 0.42 * shares.shape[1] + 0.075 * widest + 1.2, 0.26 * shares.shape[0] + 0.05 * tallest + 1.4
+    figure = _new_figure(max(width, 5.0), max(height, 2.1), title)
+    ax = figure.subplots()
+    _heatmap(ax, 100 * shares, ".1f", highest, label)
+    return figure, ax
 
 
 def paired_bars(
@@ -221,6 +242,7 @@ def paired_bars(
     groups: Mapping[str, Sequence[str]],
     title: str = "",
     labels: tuple[str, str] = ("with its prefix", "without prefix"),
+    colors: tuple[str, str] = PREFIX_COLORS,
 ) -> Figure:
     """Draw the accuracy on each task with and without its prefix, with 95% intervals.
 
@@ -230,6 +252,7 @@ def paired_bars(
         groups: the tasks to draw, from top to bottom, by the name of their group.
         title: above the figure.
         labels: what the two scores are, where it is another comparison.
+        colors: of the two scores; another comparison should not be blue and grey.
 
     Raises:
         ValueError: if no tasks are named, or a score of one is missing.
@@ -238,34 +261,23 @@ def paired_bars(
     missing = sorted({task for task in tasks if task not in with_prefix or task not in without_prefix})
     if missing or not tasks:
         raise ValueError(f"groups must name tasks that have a score with and without prefix; without one: {missing}")
-    ticks: list[tuple[float, str, bool]] = []  # place, label, is a group's name
-    for group, members in groups.items():
-        start = ticks[-1][0] + 1.3 if ticks else 0.0
-        ticks.append((start, group, True))
-        ticks += [(start + offset, task, False) for offset, task in enumerate(members, start=1)]
-    places = np.array([place for place, _, is_group in ticks if not is_group])
-    figure = _new_figure(6.6, 0.3 * ticks[-1][0] + 1.5, title)
+    rows = [row for group, members in groups.items() for row in ((group, True), *((task, False) for task in members))]
+    y = np.array([number for number, (_, is_group) in enumerate(rows) if not is_group])
+    figure = _new_figure(6.6, 0.3 * len(rows) + 1.2, title)
     ax = figure.subplots()
-    for label, scores, offset, color in (
-        (labels[0], with_prefix, -0.2, _DARK),
-        (labels[1], without_prefix, 0.2, _PALE),
-    ):
-        percent = 100 * np.array([(scores[task].accuracy, *scores[task].confidence_interval) for task in tasks])
-        accuracy, low, high = percent.T
-        errors = np.maximum(0, [accuracy - low, high - accuracy])
-        error_style = {"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8, "ecolor": "0.15"}
-        ax.barh(places + offset, accuracy, height=0.4, color=color, label=label, xerr=errors, error_kw=error_style)
-        for row, value, end in zip(places + offset, accuracy, high, strict=True):
-            ax.text(end + 1.2, row, _percent(value / 100), va="center", fontsize=6.5)
-    ax.set_yticks([place for place, _, _ in ticks], [label for _, label, _ in ticks], fontsize=8)
-    for label, (_, _, is_group) in zip(ax.get_yticklabels(), ticks, strict=True):
+    for label, scores, color, offset in zip(labels, (with_prefix, without_prefix), colors, (-0.2, 0.2), strict=True):
+        accuracies, errors = _percent_and_errors([scores[task] for task in tasks])
+        style = {"elinewidth": 0.8, "capsize": 1.5, "ecolor": "0.15"}
+        bars = ax.barh(y + offset, accuracies, height=0.4, color=color, label=label, xerr=errors, error_kw=style)
+        ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=6.5)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    for label, (_, is_group) in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if is_group else "normal")
-    ax.set(xlim=(0, 110), ylim=(ticks[-1][0] + 0.7, -0.6), xticks=range(0, 101, 20), axisbelow=True)
-    ax.set_xlabel("accuracy in percent, with its 95% interval", fontsize=8)
-    ax.tick_params(axis="x", labelsize=8)
+    ax.set(xlim=(0, 110), ylim=(len(rows) - 0.3, -0.6), xticks=range(0, 101, 20))
+    ax.set_xlabel("accuracy in percent, with its 95% interval")
     ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="0.9", linewidth=0.6)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["left"].set_visible(False)
+    _tidy(ax, "x")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -285,7 +297,7 @@ def accuracy_curves(
         ValueError: if there are no panels, or one has a line without scores.
     """
     import seaborn as sns
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     if not panels or not all(lines and all(lines.values()) for lines in panels.values()):
         raise ValueError(f"panels must have lines with at least one score each, got {dict(panels)}")
@@ -293,25 +305,86 @@ def accuracy_curves(
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-    for ax, (axis, lines) in zip(grid, panels.items(), strict=True):
+    for ax, (quantity, lines) in zip(grid, panels.items(), strict=True):
         for name, scores in lines.items():
-            percent = 100 * np.array([(score.accuracy, *score.confidence_interval) for score in scores.values()])
-            accuracy, low, high = percent.T
-            errors = np.maximum(0, [accuracy - low, high - accuracy])
             style = {"color": colors[name], "linewidth": 1.3, "markersize": 3.5, "capsize": 2, "label": name}
-            ax.errorbar(list(scores), accuracy, errors, marker="o", **style)
+            ax.errorbar(list(scores), *_percent_and_errors(scores.values()), marker="o", **style)
         if reference is not None:
-            ax.axhline(100 * reference[1], color="0.35", linestyle=(0, (1, 1.5)), linewidth=1.2, label=reference[0])
+            ax.axhline(100 * reference[1], color="0.35", linestyle=":", linewidth=1.2, label=reference[0])
         ticks = sorted({x for scores in lines.values() for x in scores})
-        ax.set(xscale="log", xlabel=axis, ylim=(-3, 103))
-        ax.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        ax.set(xscale="log", xlabel=quantity, ylim=(-3, 103))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.grid(color="0.92", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("accuracy in percent")
-    labels = {label: handle for ax in grid for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        ax.set_xticks(ticks, list(map(str, ticks)))
+        _tidy(ax, "both")
+    grid[0].set_ylabel("accuracy in percent", fontsize=9)
+    handles = {label: handle for ax in grid for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _percent_and_errors(scores: Iterable[Score]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracies in percent, (N,), and how far their 95% intervals reach below and above, (2, N)."""
+    accuracy, low, high = 100 * np.array([(score.accuracy, *score.confidence_interval) for score in scores]).T
+    return accuracy, np.maximum(0, [accuracy - low, high - accuracy])
+
+
+# ------------------------------------------------------------------------------------------ training and analysis
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Read a JSON-lines file such as the Trainer's ``metrics_path``; empty lines are skipped.
+
+    Raises:
+        ValueError: if a line is not a JSON object, with the file's name and the line's number.
+    """
+    lines = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            value = json.loads(line.strip() or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); a killed run may leave half a line") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line!r}")
+        lines.append(value)
+    return [line for line in lines if line]
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "", floor: float | None = None
+) -> Figure:
+    """Draw the loss, on a logarithmic scale, against the iteration.
+
+    Args:
+        curves: by name, the lines of a metrics file: each has "iter" and "loss" (nats a token).
+        title: above the figure.
+        floor: the loss of the best possible predictor, drawn as a line.
+
+    Raises:
+        ValueError: if there are no curves, a line lacks "iter" or "loss", or the floor is not positive.
+    """
+    import seaborn as sns
+    from matplotlib.ticker import LogLocator
+    from pandas import DataFrame
+
+    bad = [name for name, lines in curves.items() if not lines or any(not {"iter", "loss"} <= {*x} for x in lines)]
+    if bad or not curves:
+        raise ValueError(f"curves must have lines with 'iter' and 'loss'; without them: {bad or 'there are no curves'}")
+    if floor is not None and not floor > 0:
+        raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
+    frame = DataFrame([{**line, "curve": name} for name, lines in curves.items() for line in lines])
+    figure = _new_figure(6.4, 3.8, title)
+    ax = figure.subplots()
+    dashes = "curve" if len(curves) > 10 else None  # where the palette's colours do not suffice
+    style = {"hue": "curve", "style": dashes, "palette": sns.color_palette("colorblind", len(curves))}
+    sns.lineplot(frame, x="iter", y="loss", estimator=None, sort=False, linewidth=1.3, ax=ax, **style)
+    if floor is not None:
+        ax.axhline(floor, color="0.35", linestyle=":", linewidth=1.2, label=f"best possible, {floor:.3g}")
+    ax.set(yscale="log", xlabel="iteration", ylabel="loss (nats a token)")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+    _tidy(ax, "both")
+    _legend_at_right(ax)
     return figure
 
 
@@ -330,88 +403,20 @@ def pca_figure(points: Mapping[str, Tensor], title: str = "") -> Figure:
     sizes = {name: tuple(each.shape) for name, each in points.items()}
     if len({size[1:] for size in sizes.values()}) != 1 or any(len(size) != 2 for size in sizes.values()):
         raise ValueError(f"points must be sets of vectors (N, C) of one size C, got {sizes}")
-    sets = {name: each.detach().double().cpu().numpy() for name, each in points.items()}
-    everything = np.concatenate(list(sets.values()))
-    center = everything.mean(axis=0)
-    _, spread, axes = np.linalg.svd(everything - center, full_matrices=False)
-    shares = spread[:2] ** 2 / (spread**2).sum()
+    vectors = torch.cat([each.detach().double().cpu() for each in points.values()]).numpy()
+    vectors = vectors - vectors.mean(axis=0)
+    _, spread, axes = np.linalg.svd(vectors, full_matrices=False)
+    shares = 100 * spread[:2] ** 2 / (spread**2).sum()
+    x, y = axes[:2] @ vectors.T
+    names = [name for name, (n_points, _) in sizes.items() for _ in range(n_points)]
     figure = _new_figure(5.6, 4.0, title)
     ax = figure.subplots()
-    for color, (name, each) in zip(sns.color_palette("colorblind", len(sets)), sets.items(), strict=True):
-        x, y = ((each - center) @ axes[:2].T).T
-        ax.scatter(x, y, s=7, color=color, alpha=0.6, linewidths=0, label=name)
-    ax.set_xlabel(f"first component, {_percent(shares[0])}% of the variance", fontsize=8)
-    ax.set_ylabel(f"second component, {_percent(shares[1])}%", fontsize=8)
-    ax.tick_params(labelsize=7)
+    sns.scatterplot(x=x, y=y, hue=names, palette="colorblind", s=9, alpha=0.6, linewidth=0, ax=ax)
+    ax.set_xlabel(f"first component, {shares[0]:.1f}% of the variance")
+    ax.set_ylabel(f"second component, {shares[1]:.1f}%")
     ax.set_aspect("equal", adjustable="datalim")
-    ax.spines[["top", "right"]].set_visible(False)
-    legend = figure.legend(loc="outside right center", frameon=False, fontsize=8, markerscale=2)
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
-    return figure
-
-
-# ------------------------------------------------------------------------------------------------- training
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file such as the Trainer's ``metrics_path``; empty lines are skipped.
-
-    Raises:
-        ValueError: if a line is not a JSON object, with the file's name and the line's number.
-    """
-    lines = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); a killed run may leave half a line") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line!r}")
-        lines.append(value)
-    return lines
-
-
-def learning_curves(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", floor: float | None = None
-) -> Figure:
-    """Draw the loss, on a logarithmic scale, against the iteration.
-
-    Args:
-        curves: by name, the lines of a metrics file: each has "iter" and "loss" (nats a token).
-        title: above the figure.
-        floor: the loss of the best possible predictor, drawn as a line.
-
-    Raises:
-        ValueError: if there are no curves, a line lacks "iter" or "loss", or the floor is not positive.
-    """
-    import seaborn as sns
-    from matplotlib.ticker import LogLocator
-
-    bad = [name for name, lines in curves.items() if not lines or any(not {"iter", "loss"} <= set(x) for x in lines)]
-    if bad or not curves:
-        raise ValueError(f"curves must have lines with 'iter' and 'loss'; without them: {bad or 'there are no curves'}")
-    if floor is not None and not floor > 0:
-        raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
-    figure = _new_figure(6.4, 3.8, title)
-    ax = figure.subplots()
-    colors = sns.color_palette("colorblind", 8)
-    for number, (name, lines) in enumerate(curves.items()):
-        style = ("-", "--", ":", "-.")[number // len(colors) % 4]
-        iters, losses = [line["iter"] for line in lines], [line["loss"] for line in lines]
-        ax.plot(iters, losses, style, color=colors[number % len(colors)], linewidth=1.3, label=name)
-    if floor is not None:
-        ax.axhline(floor, color="0.35", linestyle=(0, (1, 1.5)), linewidth=1.2, label=f"best possible, {floor:.3g}")
-    ax.set(yscale="log", xlabel="iteration", ylabel="loss (nats a token)")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("")
-    ax.grid(color="0.92", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    _tidy(ax, "both")
+    _legend_at_right(ax)
     return figure
 
 
@@ -425,20 +430,17 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
     Raises:
         ValueError: if there are none, or their shapes differ.
     """
+    from pandas import DataFrame
+
     shapes = {name: tuple(each.shape) for name, each in values.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise ValueError(f"values must be of one shape (layers, heads), got {shapes}")
     n_layers, n_heads = next(iter(shapes.values()))
-    panel = max(0.5 * n_heads, 2.4)
-    figure = _new_figure(len(values) * (panel + 0.5), 0.32 * n_layers + 1.3, title)
+    figure = _new_figure(len(values) * (max(0.5 * n_heads, 2.8) + 0.5), 0.32 * n_layers + 1.3, title)
     for ax, (name, each) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
-        shown = each.double().numpy()
-        texts = np.array([[f"{value:.3g}" for value in row] for row in shown])
-        _heatmap(ax, shown, max(shown.max(), 1e-12), texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
-        ax.set_xticks(np.arange(n_heads) + 0.5, [str(head) for head in range(1, n_heads + 1)], fontsize=8)
-        ax.set_yticks(np.arange(n_layers) + 0.5, [str(layer) for layer in range(1, n_layers + 1)], fontsize=8)
-        ax.set_xlabel("head", fontsize=9)
-        ax.set_ylabel("layer", fontsize=9)
+        frame = DataFrame(each.cpu().numpy(), range(1, n_layers + 1), range(1, n_heads + 1))
+        _heatmap(ax, frame, ".2f" if each.is_floating_point() else "d")
+        ax.set(xlabel="head", ylabel="layer")
         ax.set_title(name, fontsize=9)
     return figure
 
@@ -447,91 +449,48 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
 
 
 def _new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure of this size in inches with nothing but a title.
-
-    In IPython pyplot makes it, so that a notebook shows it wherever in a cell it is drawn. Elsewhere pyplot does not
-    know about it: no window opens and nothing has to be closed.
-    """
+    """A figure of this size in inches with nothing but a title."""
     from matplotlib.figure import Figure
 
-    size: dict[str, Any] = {"figsize": (width, height), "layout": "constrained"}
-    if hasattr(builtins, "__IPYTHON__"):
-        import matplotlib.pyplot as plt
+    class NotebookFigure(Figure):
+        """A Figure that IPython can show without pyplot and before ``%matplotlib inline``."""
 
-        figure = plt.figure(**size)
-        if "inline" in plt.get_backend():
-            setattr(figure, "_ipython_display_", partial(_take_from_pyplot, figure))  # noqa: B010 (IPython's hook)
-    else:
-        figure = Figure(**size)
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=max(11, 0.8 * width))
     return figure
 
 
-def _take_from_pyplot(figure: Figure) -> None:
-    """Called when a notebook is about to show the figure: pyplot, which would show it again, must let go of it."""
-    import matplotlib.pyplot as plt
-    from IPython.display import display  # present, since IPython is the caller
+def _heatmap(ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None, bar_label: str = "") -> None:
+    """Draw a table of numbers from 0 to ``highest`` as annotated cells, with a colour bar if that has a label."""
+    import seaborn as sns
 
-    waiting = [plt.figure(number) for number in plt.get_fignums()]
-    if figure in waiting:
-        plt.close(figure)
-        for earlier in waiting[: waiting.index(figure)]:  # shown first, in the order in which they were drawn
-            plt.close(earlier)
-            display(earlier)
-    raise NotImplementedError  # how IPython is told to show it as it shows any figure
+    style = {"annot": True, "annot_kws": {"fontsize": 7}, "linewidths": 0.5, "xticklabels": True, "yticklabels": True}
+    bar = {"cbar": bool(bar_label), "cbar_kws": {"label": bar_label}}
+    sns.heatmap(frame, vmin=0, vmax=highest, cmap="Blues", fmt=fmt, ax=ax, **style, **bar)
+    ax.tick_params(length=0, labelrotation=0)
+    for each in [ax, *(bar.ax for bar in [ax.collections[0].colorbar] if bar)]:
+        _tidy(each)
 
 
-def _heatmap(
-    ax: Axes, values: np.ndarray, highest: float, texts: np.ndarray, cmap: str, fontsize: float, **style: Any
-) -> None:
-    """Draw (rows, columns) of values from 0 to ``highest`` as cells, the first row on top, with texts in them."""
-    # Not seaborn's heatmap, which draws the whole figure again for every panel.
-    ax.pcolormesh(values, cmap=cmap, vmin=0, vmax=highest, rasterized=True, **style)
-    ax.set_ylim(len(values), 0)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(which="both", length=0)
-    for row, column in np.argwhere(texts != ""):
-        color = "white" if values[row, column] > 0.67 * highest else "black"
-        place = (column + 0.5, row + 0.5)
-        ax.text(*place, str(texts[row, column]), ha="center", va="center", fontsize=fontsize, color=color)
+def _tidy(ax: Axes, grid: Literal["x", "y", "both"] | None = None) -> None:
+    """Small text, no frame at the top and the right, and a pale grid behind the data along an axis."""
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_fontsize(9)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    if grid is not None:
+        ax.set_axisbelow(True)
+        ax.grid(axis=grid, color="0.92", linewidth=0.6)
 
 
-def _position_heatmap(shares: Mapping[str, Sequence[float]], requirement: str, title: str, label: str) -> Figure:
-    """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
-    lengths = {name: len(values) for name, values in shares.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(f"{requirement} of one and the same length, got the lengths {lengths}")
-    columns = [str(position) for position in range(1, max(lengths.values()) + 1)]
-    figure, ax = _percent_heatmap(tuple(shares), columns, np.array(list(shares.values())), title, label)
-    ax.set_xlabel("output position", fontsize=9)
-    return figure
-
-
-def _percent_heatmap(
-    rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, title: str, label: str = "accuracy in percent"
-) -> tuple[Figure, Axes]:
-    """A figure of shares, 0 to 1, as annotated percentages on a scale from 0 to 100."""
-    width, height = 0.42 * len(columns) + 0.075 * max(map(len, rows)), 0.26 * len(rows) + 0.05 * max(map(len, columns))
-    figure = _new_figure(max(width + 1.2, 5.0), height + 1.4, title)
-    ax = figure.subplots()
-    texts = np.array([[_percent(share) for share in row] for row in shares])
-    _heatmap(ax, 100 * shares, 100, texts, "Blues", 7.0, edgecolor="white", linewidth=0.5)
-    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=8)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
-    _add_colorbar(figure, np.array([[ax]]), label, shrink=1.0)
-    return figure, ax
-
-
-def _percent(share: float) -> str:
-    """A share from 0 to 1 in percent; only an exact 0 or 1 has no decimal."""
-    return f"{100 * share:.0f}" if share in (0, 1) else f"{100 * share:.1f}"
-
-
-def _add_colorbar(figure: Figure, grid: np.ndarray, label: str, shrink: float) -> None:
-    """Explain the colours of a grid of heatmaps, all on one scale, at its right."""
-    pad = 0.15 / figure.get_figwidth()
-    bar = figure.colorbar(grid[0, 0].collections[0], ax=grid, shrink=shrink, aspect=20, anchor=(0, 1), pad=pad)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.set_label(label, fontsize=8)
+def _legend_at_right(ax: Axes) -> None:
+    """A legend of everything that has a label, outside of the axes."""
+    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, markerscale=2)
+    for handle in filter(None, legend.legend_handles):
+        handle.set_alpha(1)

@@ -1,33 +1,36 @@
 """What a prefix can do to attention, measured: the two statements of Petrov et al. (2024) on any model and prefix.
 
-Legend: B rows, T content tokens, P prefix positions, L layers, H heads, D channels of a head.
+Legend: B rows, T content tokens, P prefix positions, L layers, H heads, C channels, D = C / H.
 
-Fix what a layer reads of the content. Then a prefix changes that layer's attention in two ways only (section 4.1,
-equations 5 to 7). It takes a share of each token's attention for itself and leaves the rest as it was, scaled: *which*
-content a token attends to, relative to other content, cannot change. And it adds to the output a bias out of the span
-of its own values.
+For a fixed input, a prefix changes a layer's attention in two ways only (section 4.1, equations 5 to 7). It takes a
+share of each token's attention for itself. The rest is scaled and otherwise stays as it was: *which* content a token
+attends to, relative to other content, cannot change. And the prefix adds a bias to the output, out of the span of its
+own values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mingpt.analysis import figures
-from mingpt.model import GPT, causal_mask
-from mingpt.prefix import Prefix, as_prefix
+from mingpt.analysis.figures import head_heatmap
+from mingpt.model import GPT, Block, Record, causal_mask
+from mingpt.prefix import Prefix, as_key_value, as_prefix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LEAST = 1e-30
-"""A share of attention from which float32 still tells the parts, some digits above its smallest number."""
+"""The least share of attention from which float32 still tells the parts, some digits above its smallest number."""
 
 
 @dataclass(frozen=True)
 class Invariance:
-    """How far attention among the content is from what it is without the prefix, once the prefix's share is taken off.
+    """How attention among the content differs from that without the prefix, once the prefix's share is taken off.
 
     Attributes:
         deviation: (L, H) largest difference of two attention weights, a probability, 0 to 1. Theory says 0. A token
@@ -38,14 +41,10 @@ class Invariance:
     deviation: Tensor
     share: Tensor
 
-    def figure(self, title: str | None = None) -> Any:
+    def figure(self, title: str = "Attention to the prefix") -> Figure:
         """The prefix's share by layer and head, and the largest deviation in words."""
-
-        worst = self.deviation.max().item()
-        return figures.head_heatmap(
-            {"attention paid to the prefix": self.share},
-            title=f"{title or 'What attention gives to the prefix'} (the rest deviates by {worst:.1e} at most)",
-        )
+        deviation = f"the rest deviates by at most {self.deviation.max().item():.0e}"
+        return head_heatmap({f"attention paid to the prefix\n{deviation}": self.share}, title)
 
 
 @dataclass(frozen=True)
@@ -56,43 +55,40 @@ class BiasSubspace:
         error: (L,) largest difference between the layer's attention output and the one recomposed: what it is without a
             prefix, scaled, plus the bias; in units of the residual stream. Theory says 0.
         magnitude: (L,) the largest attention output, in the same units.
-        outside: (L, H) share of the biases' length outside the span of the prefix's values, 0 to 1. Theory says 0.
+        out_of_span: (L, H) share of the biases' length outside the span of the prefix's values, 0 to 1. Theory says 0.
         rank: (L, H) dimensions that the prefix's values span, at most P and D.
-        used: (L, H) dimensions that hold 99% of the biases' variance about zero, over all tokens.
-        positions: (L, H) how many prefix positions the attention is spread over, the exponential of its mean entropy,
-            1 to P.
+        effective_rank: (L, H) dimensions that hold 99% of the biases' variance about zero, over all tokens.
+        attention_perplexity: (L, H) how many prefix positions the attention is spread over, the exponential of its
+            mean entropy, 1 to P.
     """
 
     error: Tensor
     magnitude: Tensor
-    outside: Tensor
+    out_of_span: Tensor
     rank: Tensor
-    used: Tensor
-    positions: Tensor
+    effective_rank: Tensor
+    attention_perplexity: Tensor
 
-    def figure(self, title: str | None = None) -> Any:
+    def figure(self, title: str = "What a prefix could use, and what it uses") -> Figure:
         """What the prefix could use, and what it uses, by layer and head."""
-
-        return figures.head_heatmap(
-            {
-                "dimensions its values span": self.rank,
-                "dimensions that hold 99% of its biases": self.used,
-                "prefix positions attended to": self.positions,
-            },
-            title=title or "What a prefix could use, and what it uses",
-        )
+        values = {
+            "dimensions its values span": self.rank,
+            "dimensions that hold 99% of its biases": self.effective_rank,
+            "prefix positions attended to": self.attention_perplexity,
+        }
+        return head_heatmap(values, title)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's attention over the same input, with a prefix and without."""
+    """One layer's attention over the same input, with a prefix and without, on the CPU."""
 
+    block: Block
     weights: Tensor  # (B, H, T, P + T)
     weights_without: Tensor  # (B, H, T, T)
-    prefix_values: Tensor  # (B or 1, H, P, D)
+    prefix_values: Tensor  # (1, H, P, D)
     values: Tensor  # (B, H, T, D)
     output: Tensor  # (B, T, C)
-    block: Any
 
 
 @torch.no_grad()
@@ -117,7 +113,7 @@ def attention_invariance(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Inva
         difference = (content / left - layer.weights_without).abs()
         deviation.append(difference.where(left > _LEAST, 0).amax(dim=(0, 2, 3)))
         share.append(layer.weights[..., :n_prefix].sum(dim=-1).mean(dim=(0, 2)))
-    return Invariance(torch.stack(deviation).cpu(), torch.stack(share).cpu())
+    return Invariance(torch.stack(deviation), torch.stack(share))
 
 
 @torch.no_grad()
@@ -139,7 +135,7 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
         share = to_prefix.sum(dim=-1, keepdim=True)
         bias = to_prefix @ layer.prefix_values  # (B, H, T, D)
         mixed = (1 - share) * (layer.weights_without @ layer.values) + bias
-        recomposed = layer.block.attn.c_proj(mixed.transpose(1, 2).flatten(2))
+        recomposed = layer.block.attn.c_proj(mixed.transpose(1, 2).flatten(2).to(x.device)).cpu()
         found["error"].append((recomposed - layer.output).abs().max())
         found["magnitude"].append(layer.output.abs().max())
         biases = bias.transpose(0, 1).flatten(1, 2).double()  # (H, B * T, D)
@@ -148,17 +144,17 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
         is_spanned = sizes > 1e-6 * sizes[:, :1]  # (H, min(P, D)), beyond float32's rounding
         found["rank"].append(is_spanned.sum(dim=1))
         inside = biases @ (directions * is_spanned[..., None]).mT @ directions
-        found["outside"].append((biases - inside).norm(dim=(1, 2)) / biases.norm(dim=(1, 2)).clamp(min=1e-300))
+        found["out_of_span"].append((biases - inside).norm(dim=(1, 2)) / biases.norm(dim=(1, 2)).clamp(min=1e-300))
         energy = torch.linalg.svdvals(biases).square()
-        found["used"].append((energy.cumsum(dim=1) < 0.99 * energy.sum(dim=1, keepdim=True)).sum(dim=1) + 1)
+        found["effective_rank"].append((energy.cumsum(dim=1) < 0.99 * energy.sum(dim=1, keepdim=True)).sum(dim=1) + 1)
         spread = to_prefix / share.clamp(min=_LEAST)
         entropy = -torch.xlogy(spread, spread).sum(dim=-1)
-        found["positions"].append(entropy.mean(dim=(0, 2)).exp())
-    return BiasSubspace(**{name: torch.stack(values).cpu() for name, values in found.items()})
+        found["attention_perplexity"].append(entropy.mean(dim=(0, 2)).exp())
+    return BiasSubspace(**{name: torch.stack(values) for name, values in found.items()})
 
 
 def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
-    """Lead rows through the model with one prefix for all, and look at each layer's attention on the way."""
+    """Run rows through the model with one prefix for all, and give each layer's attention."""
     config = model.config
     prefix = as_prefix(prefix, config.n_layer, config.n_embd, len(x))
     if prefix.n_prefixes != 1:
@@ -181,4 +177,4 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
         weights, without, prefix_values, values = (
             each.transpose(1, 2).flatten(0, 1) for each in (weights, without, layer_cache[0][1], own[0][1])
         )
-        yield _Layer(weights, without, prefix_values, values, output, block)
+        yield _Layer(block, weights, without, prefix_values, values, output)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from mingpt.utils import CfgNode
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal, for matrices.
+class ConfiguresOptimizers(Protocol):
+    """What ``build_optimizer`` needs of a model, minGPT's hook."""
 
-    It does what ``torch.optim.Muon`` does with Nesterov momentum and ``adjust_lr_fn="match_rms_adamw"``, but
-    orthogonalises all matrices of one shape, or its transpose, in one batch of products.
+    def configure_optimizers(self, train_config: CfgNode, /) -> Optimizer:
+        """An optimizer of all parameters, with the learning rate, betas and weight decay of the configuration."""
+        ...
+
+
+class Muon(Optimizer):
+    """Momentum for matrices, with every update made orthogonal.
+
+    It is ``torch.optim.Muon`` with Nesterov momentum and ``adjust_lr_fn="match_rms_adamw"``. The difference is speed:
+    all matrices of one shape, or its transpose, are made orthogonal in one batch of products.
 
     Source: Jordan et al. 2024; the scale of the update, Liu et al. 2025.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
         """``params`` are matrices, or groups of them; weight decay is decoupled, as AdamW's."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -31,9 +42,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by (rows, columns) of the wide form
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 if p not in self.state:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
@@ -70,7 +79,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class ChainedOptimizer:
     """Several optimizers, each with its own parameters, that act as one."""
 
-    def __init__(self, *optimizers: torch.optim.Optimizer):
+    def __init__(self, *optimizers: Optimizer):
         self.optimizers = optimizers
 
     @property
@@ -84,7 +93,7 @@ class ChainedOptimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=set_to_none)
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
@@ -94,7 +103,7 @@ class ChainedOptimizer:
             optimizer.load_state_dict(own)
 
 
-def build_optimizer(model: Any, config: CfgNode) -> Any:
+def build_optimizer(model: ConfiguresOptimizers, config: CfgNode) -> Optimizer | ChainedOptimizer:
     """The optimizer that ``config.optimizer`` names.
 
     "adamw" is the model's own ``configure_optimizers`` (minGPT's hook). "muon" updates the matrices of the
@@ -102,21 +111,22 @@ def build_optimizer(model: Any, config: CfgNode) -> Any:
     "adamw" does.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or "muon" and a model without ``transformer.h``, a GPT's blocks.
     """
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"unknown optimizer {config.optimizer!r}; choose adamw or muon")
-    everything = model.configure_optimizers(config)
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {config.optimizer!r}; choose {' or '.join(OPTIMIZERS)}")
+    optimizer = model.configure_optimizers(config)
     if config.optimizer == "adamw":
-        return everything
-    if not hasattr(model, "transformer"):
+        return optimizer
+    blocks = getattr(getattr(model, "transformer", None), "h", None)
+    if not isinstance(blocks, nn.Module):
         raise ValueError(f"optimizer = 'muon' is for a GPT's blocks, {type(model).__name__} has none; use adamw")
-    matrices = [m.weight for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
-    chosen = {id(p) for p in matrices}
-    for group in everything.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+    matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    chosen = set(matrices)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in chosen]
     muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
-    return ChainedOptimizer(muon, everything)
+    return ChainedOptimizer(muon, optimizer)
 
 
 def learning_rate_factor(iteration: int, config: CfgNode) -> float:

@@ -61,12 +61,12 @@ def test_a_prefix_scales_the_output_and_adds_a_bias_of_its_values(**case):
     model, prefix, x = random_case(**case)
     found = bias_subspace(model, prefix, x)
     assert (found.error <= 1e-5 * found.magnitude.clamp(min=1)).all()
-    assert found.outside.max() <= 1e-5
+    assert found.out_of_span.max() <= 1e-5
     assert (found.rank <= min(case["n_positions"], case["head_size"])).all()
-    assert (found.used >= 1).all()
-    assert (found.used <= found.rank).all()
-    assert found.positions.min() >= 1 - 1e-5
-    assert found.positions.max() <= case["n_positions"] + 1e-4
+    assert (found.effective_rank >= 1).all()
+    assert (found.effective_rank <= found.rank).all()
+    assert found.attention_perplexity.min() >= 1 - 1e-5
+    assert found.attention_perplexity.max() <= case["n_positions"] + 1e-4
 
 
 def test_a_prefix_that_takes_everything_leaves_nothing_to_compare():
@@ -78,7 +78,7 @@ def test_a_prefix_that_takes_everything_leaves_nothing_to_compare():
     assert found.share[0].tolist() == pytest.approx([1, 1])
     assert found.share[1].max() < 1
     assert found.deviation.max() < 1e-5
-    assert not bias_subspace(model, prefix, x).positions.isnan().any()
+    assert not bias_subspace(model, prefix, x).attention_perplexity.isnan().any()
 
 
 def test_what_is_not_a_prefix_does_change_it():
@@ -87,8 +87,8 @@ def test_what_is_not_a_prefix_does_change_it():
     before = attention_invariance(model, prefix, x)
     original = model.blocks[1].attn.forward
 
-    def forward(normed, past=None, *arguments):
-        return original(normed if past is None else normed + 0.1 * torch.arange(8.0), past, *arguments)
+    def forward(normed, kv_cache=None, *arguments):
+        return original(normed if kv_cache is None else normed + 0.1 * torch.arange(8.0), kv_cache, *arguments)
 
     model.blocks[1].attn.forward = forward
     after = attention_invariance(model, prefix, x)
@@ -113,8 +113,8 @@ def test_ranks_and_spreads_of_known_prefixes():
     values = prefix.values.clone()
     values[:, :, :, 1:] = values[:, :, :, :1]  # three positions that are one and the same
     found = bias_subspace(model, Prefix("key_value", values), x)
-    assert found.rank.tolist() == found.used.tolist() == [[1, 1]]
-    assert found.positions == pytest.approx(3)
+    assert found.rank.tolist() == found.effective_rank.tolist() == [[1, 1]]
+    assert found.attention_perplexity == pytest.approx(3)
 
 
 def test_one_prefix_at_a_time():
