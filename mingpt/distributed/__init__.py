@@ -12,11 +12,12 @@ from mingpt.distributed.process_group import (
     is_main,
     map_over_ranks,
     rank,
+    resolve_device,
     run_on_main,
     world_size,
 )
 
 __all__ = [
     "MainProcessError", "all_gather", "all_reduce_sum", "broadcast", "init_process_group", "is_main",
-    "map_over_ranks", "rank", "run_on_main", "world_size",
+    "map_over_ranks", "rank", "resolve_device", "run_on_main", "world_size",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,6 +158,22 @@ def as_matrix(results: Sequence[Result]) -> AccuracyMatrix:
     return AccuracyMatrix(methods, tasks, tuple(tuple(scores[name, task] for task in tasks) for name in methods))
 
 
+def results_table(results: Sequence[Result]) -> Any:
+    """The accuracies in percent as a DataFrame, tasks by methods (stand-in until the merge)."""
+    return _frame(as_matrix(results))
+
+
+def _frame(matrix: AccuracyMatrix) -> Any:
+    import pandas
+
+    return (
+        100
+        * pandas.DataFrame(
+            [[score.accuracy for score in row] for row in matrix.scores], list(matrix.prefixes), list(matrix.tasks)
+        ).T
+    )
+
+
 def format_table(results: Sequence[Result]) -> str:
     """Outcomes as a table for a terminal, a row for each task and a column for each method."""
     matrix = as_matrix(results)
@@ -228,7 +245,7 @@ def _teach(
                 lora.detach()
     else:
         file = f"{name}_{checkpoint.json_checksum([str(task) for task in tasks])[:8]}"
-        prefixes, seconds = pipeline.train_prefixes(
+        prefixes, seconds = pipeline._train_prefixes(
             config, model, tasks, folder, file, method.kind, size, start, method.is_reparametrized
         )
         for task in tasks:
@@ -243,7 +260,7 @@ def _start(config: CfgNode, model: GPT, tasks: Sequence[Task], folder: Path, how
         return [1 + position % config.data.num_digits for position in range(size)]
     if how not in ("prefix", "mean"):
         return how
-    learned, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], folder)
+    learned, _ = pipeline._train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], folder)
     known = {str(task): learned[str(task)][:, :size] for task in PRETRAINING_TASKS}
     if how == "mean":
         return average(list(known.values())).values[0]

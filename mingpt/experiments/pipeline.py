@@ -107,6 +107,8 @@ def fine_tune(
 def _train_model(
     config: CfgNode, build: Callable[[], GPT], tasks: Sequence[Task], path: Path, stage: str, cache_key: dict[str, Any]
 ) -> tuple[GPT, float]:
+    if path.name == "model.safetensors":
+        verify(config, path.parent)
     data = dataset(config, "train", tasks)
     cache_key = cache_key | {"data": data.describe(), "recipe": _recipe(config.trainer)}
     device = _device(config.trainer)
@@ -135,7 +137,7 @@ def _train_model(
     return model, trainer.seconds
 
 
-def train_prefixes(
+def _train_prefixes(
     config: CfgNode,
     model: GPT,
     tasks: Sequence[Task],
@@ -202,6 +204,52 @@ def train_prefixes(
     prefixes = {str(task): value for task, value in zip(tasks, learned, strict=True)}
     weights.save_prefixes(path, prefixes, model, **cache_key, metrics=_metrics(trainer))
     return prefixes, trainer.seconds
+
+
+def train_prefixes(
+    config: CfgNode,
+    model: GPT,
+    tasks: Sequence[Task],
+    run: str | Path,
+    name: str = "prefixes",
+    kind: str = "activation",
+    **options: Any,
+) -> tuple[dict[str, Any], float]:
+    """Learn a prefix for each task, a file each (stand-in until the merge)."""
+    folder, found, missing = Path(run) / name, {}, []
+    for task in tasks:
+        identity = {"data": dataset(config, "train", [task]).describe(), "recipe": _recipe(config.prefix), "kind": kind}
+        path = folder / f"{task}.safetensors"
+        if path.exists() and json.loads(json.dumps(identity)) != checkpoint.load_checkpoint(path)[1]["identity"]:
+            path = folder / f"{task}-{checkpoint.json_checksum(identity)[:8]}.safetensors"
+        if path.exists():
+            found[str(task)] = next(iter(weights.load_prefixes(path, model)[0].values()))
+        else:
+            missing.append((task, path, identity))
+    seconds = 0.0
+    if missing:
+        stage = checkpoint.json_checksum([each[2] for each in missing])[:8]
+        learned, seconds = _train_prefixes(
+            config, model, [each[0] for each in missing], Path(run) / "stage", stage, kind, **options
+        )
+        for task, path, identity in missing:
+            found[str(task)] = learned[str(task)]
+            weights.save_prefixes(path, {str(task): learned[str(task)]}, model, identity=identity, prefix_kind=kind)
+    return {str(task): Prefix(kind, found[str(task)][None]) for task in tasks}, seconds
+
+
+def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Any], dict[str, Any]]:
+    """Read a run's model, prefixes by name, and the model's description (stand-in until the merge)."""
+    run = Path(run)
+    model, description = weights.load_model(run / "model.safetensors", distributed.resolve_device(device))
+    prefixes: dict[str, Any] = {}
+    if (run / "prefixes.safetensors").exists():
+        prefixes = weights.load_prefixes(run / "prefixes.safetensors", model)[0]
+    for path in sorted((run / "prefixes").glob("*.safetensors")):
+        if path.stem != "state":
+            tensors, about = weights.load_prefixes(path, model)
+            prefixes[path.stem] = Prefix(about["prefix_kind"], next(iter(tensors.values()))[None])
+    return model, prefixes, description
 
 
 def train_lora(
@@ -277,7 +325,9 @@ def cached(path: str | Path, cache_key: Mapping[str, Any], compute: Callable[[],
 
 def verify(config: CfgNode, folder: Path) -> None:
     """Write the configuration into the folder, or check that it is the one that is there."""
-    distributed.run_on_main(lambda: checkpoint.verify(folder / "config.json", config.to_dict(), RUNTIME_KEYS))
+    path = folder / "config.json"
+    if distributed.run_on_main(lambda: not path.exists()):
+        distributed.run_on_main(lambda: checkpoint.verify(path, config.to_dict(), RUNTIME_KEYS))
 
 
 def _verify(path: Path, description: Mapping[str, Any], cache_key: Mapping[str, Any]) -> None:

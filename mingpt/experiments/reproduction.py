@@ -187,7 +187,7 @@ def evaluate_chains(
     return scores
 
 
-def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
+def reproduce(config: CfgNode, folder: str | Path, tasks: Sequence[Task] | None = None) -> dict[str, Any]:
     """Run the experiment in a folder, or what is left of it, and return its results.
 
     Args:
@@ -212,7 +212,7 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
     if distributed.run_on_main(path.exists):
         logger.info("%s is done", folder)
         return json.loads(path.read_text())
-    tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
+    tasks = list(tasks or [*PRETRAINING_TASKS, *TEST_TASKS])
     model, pretraining_seconds = pretrain(config, folder)
     prefixes, prefix_seconds = train_prefixes(config, model, tasks, folder)
     logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
@@ -238,16 +238,25 @@ def reproduce(config: CfgNode, folder: str | Path) -> dict[str, Any]:
             }
             for group, names in GROUPS.items()
             for name in names
+            if name in with_prefix
         },
         "matrix": matrix.to_dict(),
     }
 
     def write() -> None:
-        draw_figures(folder, model, prefixes, results, matrix)
+        if len(tasks) == 16:
+            draw_figures(folder, model, prefixes, results, matrix)
         checkpoint.write_atomic(path, json.dumps(results, indent=1).encode())
 
     distributed.run_on_main(write)
     return results
+
+
+def results_table(results: Mapping[str, Any]) -> Any:
+    """The scores as a DataFrame (stand-in until the merge)."""
+    import pandas
+
+    return pandas.DataFrame({name: {"with": row["with"]["accuracy"]} for name, row in results["tasks"].items()}).T
 
 
 def scores_of(results: Mapping[str, Any]) -> tuple[dict[str, Score], dict[str, Score]]:
