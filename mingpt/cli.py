@@ -42,12 +42,10 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     try:
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _echo("interrupted; what was saved is kept, and the same command goes on from it", err=True)
         sys.exit(130)
-    except (click.ClickException, ValueError, OSError) as error:
+    except (click.ClickException, ImportError, ValueError, OSError) as error:
         _echo(f"error: {_message(error)}", err=True)
     except distributed.MainProcessError:
         pass  # the main process prints its error itself
@@ -59,6 +57,8 @@ def _message(error: Exception) -> str:
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     if isinstance(error, click.NoSuchOption) and error.option_name in ("--out", "--from"):
         text = f"No such option '{error.option_name}'; --run FOLDER names the run"
+    if isinstance(error, ImportError) and error.name in ("transformers", "peft"):
+        text += "; pip install 'mingpt-prefix-tuning[hf]'"
     context = error.ctx if isinstance(error, click.UsageError) else None
     return " ".join(text.splitlines()) + (f" (see {context.command_path} --help)" if context else "")
 
@@ -100,16 +100,16 @@ _new_run_options = _all_of(_run_option("runs/PRESET"), _config_options)
 _train_options = _all_of(_run_option("with --preset runs/PRESET, else the newest of runs/"), _config_options)
 _load_options = _all_of(_run_option("the newest of runs/, else checkpoints/laptop"), _device_option)
 _sampling_options = _all_of(
-    click.option("--sample", is_flag=True, help="Draw each token instead of taking the likeliest."),
-    click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of drawing. [1.0]"),
-    click.option("--top-k", type=click.IntRange(min=1), help="Draw from the K likeliest tokens only."),
-    click.option("--seed", default=0, help="For drawing."),
+    click.option("--sample", is_flag=True, help="Sample each token instead of taking the most likely."),
+    click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of sampling. [1.0]"),
+    click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K most likely tokens only."),
+    click.option("--seed", default=0, help="Of sampling."),
 )
 _file_options = _all_of(
     click.argument("rows", metavar="IN.jsonl", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
     click.argument("output", metavar="OUT.jsonl", type=_PATH),
     _load_options,
-    click.option("--batch-size", default=400, type=click.IntRange(min=1), help="Rows of a process."),
+    click.option("--batch-size", default=400, type=click.IntRange(min=1), help="Rows per process."),
 )
 
 
@@ -181,25 +181,33 @@ def _task_of(name: str) -> Task:
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options that say how to draw, as ``generate`` has them, out of a command's."""
+    """Take the sampling options out of a command's, as ``generate`` has them."""
     sample, temperature, top_k = (options.pop(name) for name in ("sample", "temperature", "top_k"))
     if not sample and (temperature, top_k) != (None, None):
-        raise click.UsageError("--temperature and --top-k say how to draw tokens; give --sample too")
+        raise click.UsageError("--temperature and --top-k are for sampling; give --sample too")
     return {"do_sample": sample, "temperature": 1.0 if temperature is None else temperature, "top_k": top_k}
 
 
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+@click.group(no_args_is_help=False, context_settings=_SETTINGS)
 @click.version_option(package_name="mingpt-prefix-tuning", prog_name="mingpt")
 def cli() -> None:
-    """What can a prefix teach a frozen transformer?
+    """Prefix-tuning of a small transformer on synthetic tasks.
 
     \b
     mingpt reproduce                      the whole experiment, in minutes
-    mingpt prefix SortAscending+Add1      learn one more prefix
+    mingpt prefix SortAscending+Add1      train one more prefix
     mingpt generate --task Add1 "1 2 3 4 5 6 7 8 9 10"
+
+    On several processes, with two dashes so that torchrun leaves the options alone:
+
+    \b
+    torchrun --nproc-per-node 2 -m mingpt -- reproduce --run FOLDER
     """
 
 
@@ -208,7 +216,7 @@ def cli() -> None:
 @_new_run_options
 @_json_option
 def reproduce(tasks: tuple[Task, ...], as_json: bool, **options: Any) -> None:
-    """Pretrain a model, learn a prefix for each TASK, and evaluate them all.
+    """Pretrain a model, train a prefix for each TASK, and evaluate them all.
 
     Without a TASK it is the sixteen tasks. Prints the table beside the published figures; the folder gets the
     checkpoints, results.json and figures. The same command again goes on from what was saved, or says that it is done.
@@ -238,7 +246,7 @@ def pretrain(**options: Any) -> None:
 @click.option("--kind", type=click.Choice(["activation", "key_value", "prompt"]), default="activation")
 @_json_option
 def prefix(tasks: tuple[Task, ...], kind: str, as_json: bool, **options: Any) -> None:
-    """Learn a prefix for each TASK and evaluate it.
+    """Train a prefix for each TASK and evaluate it.
 
     A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
     """
@@ -260,7 +268,7 @@ def prefix(tasks: tuple[Task, ...], kind: str, as_json: bool, **options: Any) ->
 @_train_options
 @click.option("--task", "tasks", multiple=True, type=_TaskType(), help="May be repeated. [the nine test tasks]")
 @click.option("--methods", metavar="NAME,...", help="Separated by commas. [all]")
-@click.option("--n-parameters", type=click.IntRange(min=1), help="Trainable parameters a task. [a prefix's]")
+@click.option("--n-parameters", type=click.IntRange(min=1), help="Trainable parameters per task. [a prefix's]")
 @_json_option
 def compare(
     tasks: tuple[Task, ...], methods: str | None, n_parameters: int | None, as_json: bool, **options: Any
@@ -271,7 +279,6 @@ def compare(
     initialization, soft prompts. Prints a table; the run's folder gets comparison/results.json and
     figures/comparison.png.
     """
-    from mingpt import distributed
     from mingpt.analysis.figures import accuracy_matrix_figure
     from mingpt.experiments import comparison
     from mingpt.tasks import TEST_TASKS
@@ -281,15 +288,13 @@ def compare(
     results = comparison.compare(config, run, list(tasks) or TEST_TASKS, names, n_parameters)
     budget = f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task"
     table = comparison.results_table(results).to_string(float_format="{:.2f}".format)
-    _echo_result([vars(each) | {"score": each.score.to_dict()} for each in results], f"{table}\n{budget}", as_json)
+    _echo_result([vars(each) for each in results], f"{table}\n{budget}", as_json)
     path = run / "figures" / "comparison.png"
-
-    def draw() -> None:
+    if _is_main():
         path.parent.mkdir(exist_ok=True)
-        figure = accuracy_matrix_figure(comparison.as_matrix(results), "Methods side by side", rows="method")
-        figure.savefig(path, dpi=150)
-
-    distributed.run_on_main(draw)
+        accuracy_matrix_figure(comparison.as_matrix(results), "Methods side by side", rows="method").savefig(
+            path, dpi=150
+        )
     _echo(f"the figure is {path}", err=True)
 
 
@@ -391,7 +396,7 @@ def chain(
     plan = multistep.plan_from_composition(task, model, prefixes, **sizes, is_constrained=constrained)
     metrics = _answer(plan, task, rows, output, batch_size, is_chain=True)
     accuracies = {name.removeprefix("test-").removesuffix("_accuracy"): value for name, value in metrics.items()}
-    lines = [f"{name:24} {100 * value:.2f}% of rows are right" for name, value in accuracies.items()]
+    lines = [f"{name:24} {value:.2%} of rows are right" for name, value in accuracies.items()]
     _echo_result(accuracies, "\n".join(lines), as_json)
 
 
@@ -404,26 +409,19 @@ def export(out: Path, tasks: tuple[str, ...], **options: Any) -> None:
     from mingpt import distributed
     from mingpt.storage.huggingface import export_peft, to_huggingface
 
-    try:
-        importlib.import_module("transformers")
-        importlib.import_module("peft")
-    except ImportError as error:
-        raise ValueError(f"export needs more: pip install 'mingpt-prefix-tuning[hf]' ({error})") from None
+    importlib.import_module("peft")  # it may be missing, and transformers with it: better now than half way
     if distributed.run_on_main(out.exists):
         raise ValueError(f"{out} exists; remove it or choose another folder")
     model, prefixes, _, run = _load(**options)
     chosen = dict(_find_prefix(prefixes, name, run) for name in tasks or prefixes)
 
-    def write() -> None:
+    if _is_main():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            made = Path(temporary) / out.name
-            to_huggingface(model).save_pretrained(made / "model")
+            to_huggingface(model).save_pretrained(Path(temporary) / "all" / "model")
             for name, prefix in chosen.items():
-                export_peft(model, prefix, made / name)
-            made.rename(out)
-
-    distributed.run_on_main(write)
+                export_peft(model, prefix, Path(temporary) / "all" / name)
+            (Path(temporary) / "all").rename(out)
     _echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
     _echo(f"PeftModel.from_pretrained(model, {str(out / next(iter(chosen), 'TASK'))!r}) adds a prefix")
 
@@ -441,8 +439,7 @@ def show_runs(run: Path | None, as_json: bool) -> None:
         changed, size = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.changed)), f"{each.n_bytes / 1e6:.1f} MB"
         settings = f"{each.preset}, seed {each.seed}" if each.preset else ""
         lines.append(f"{each.path!s:24} {each.state:32} {settings:16} {size:>10}  {changed}")
-    values = [vars(each) | {"path": str(each.path)} for each in found]
-    _echo_result(values, "\n".join(lines) or "no runs here; 'mingpt reproduce' makes one", as_json)
+    _echo_result([vars(each) for each in found], "\n".join(lines) or "no runs; 'mingpt reproduce' makes one", as_json)
 
 
 @cli.command("tasks")
@@ -497,9 +494,9 @@ for _command in cli.commands.values():
 def _answer(
     plan: Plan, task: Task, rows: Path, output: Path, batch_size: int, seed: int = 0, is_chain: bool = False
 ) -> dict[str, float]:
-    """Lead a file's rows through a plan, write the outputs, of all steps for a chain, and return the metrics.
+    """Run a plan on a file's rows, write the outputs, those of every step for a chain, and return the metrics.
 
-    A folder beside the output holds what is done before all is.
+    Until all is done, a folder beside the output keeps what is done.
     """
     from mingpt import distributed
     from mingpt.experiments import multistep
@@ -515,12 +512,9 @@ def _answer(
 
     columns = list(outputs.values())
     lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
-
-    def write() -> None:
+    if _is_main():
         write_atomic(output, json_lines(lines))
         shutil.rmtree(folder)
-
-    distributed.run_on_main(write)
     return metrics
 
 
@@ -560,13 +554,16 @@ def _echo(text: str, err: bool = False) -> None:
 
 def _echo_result(values: Any, text: str, as_json: bool) -> None:
     """Print a command's results, as JSON or as text."""
-    _echo(json.dumps(values, indent=1) if as_json else text)
+
+    def jsonable(value: Any) -> Any:
+        return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+    _echo(json.dumps(values, indent=1, default=jsonable) if as_json else text)
 
 
 def _echo_scores(scores: dict[str, Score], as_json: bool) -> None:
     lines = []
     for name, score in scores.items():
-        low, high = (100 * bound for bound in score.confidence_interval)
-        share = f"{score.n_correct}/{score.n_rows} = {100 * score.accuracy:.2f}%"
-        lines.append(f"{name:24} {share} (95% interval {low:.2f} - {high:.2f})")
-    _echo_result({name: score.to_dict() for name, score in scores.items()}, "\n".join(lines), as_json)
+        share, (low, high) = f"{score.n_correct}/{score.n_rows} = {score.accuracy:.2%}", score.confidence_interval
+        lines.append(f"{name:24} {share} (95% interval {100 * low:.2f} - {100 * high:.2f})")
+    _echo_result(scores, "\n".join(lines), as_json)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from safetensors.torch import load_file
 
 import mingpt.evaluation
@@ -114,7 +115,7 @@ def test_a_command_without_any_run_says_how_to_make_one(run, tmp_path, monkeypat
     code, out, err = run("eval")
     assert (code, out) == (2, "")
     assert "error: no model in runs/laptop; 'mingpt reproduce' makes one" in err
-    assert run("runs")[1] == "no runs here; 'mingpt reproduce' makes one\n"
+    assert run("runs")[1] == "no runs; 'mingpt reproduce' makes one\n"
 
 
 def test_runs_are_listed_with_their_state(run, copy):
@@ -158,7 +159,7 @@ def test_a_device_is_set_for_all_training_and_checked_first(run, copy, monkeypat
 # -------------------------------------------------------------------------------------------- prefixes and scores
 
 
-def test_a_prefix_is_learned_and_then_evaluated_in_the_default_run(run, copy):
+def test_a_prefix_is_trained_and_then_evaluated_in_the_default_run(run, copy):
     code, out, err = run("prefix", "Add1+Add1")
     assert code == 0, err
     assert (copy / "prefixes" / "Add1+Add1.safetensors").exists()
@@ -324,16 +325,16 @@ def test_predict_answers_each_row_of_a_file_as_generate_does(run, folder, files)
     assert output.read_bytes() == before
 
 
-def test_predict_draws_with_a_temperature_and_from_the_top_k(run, folder, files):
+def test_predict_samples_with_a_temperature_and_from_the_top_k(run, folder, files):
     outputs = []
     for options in ([], ["--sample", "--top-k", 1], ["--sample"], ["--sample", "--temperature", 1e-7]):
         code, _, err = run("predict", *files, "--run", folder, "--task", "Add1", *options)
         assert code == 0, err
         outputs.append(files[1].read_text())
         files[1].unlink()
-    greedy, likeliest, drawn, cold = outputs
-    assert likeliest == cold == greedy
-    assert drawn != greedy
+    greedy, top, sampled, cold = outputs
+    assert top == cold == greedy
+    assert sampled != greedy
 
 
 @pytest.mark.parametrize("option", [["--temperature", 0.5], ["--top-k", 3], ["--temperature", 1.0]])
@@ -341,7 +342,7 @@ def test_a_temperature_or_top_k_without_sample_is_refused(run, folder, files, op
     for command in (["generate", ROW], ["predict", *files]):
         code, out, err = run(*command, "--run", folder, "--task", "Add1", *option)
         assert (code, out) == (2, "")
-        assert "--temperature and --top-k say how to draw tokens; give --sample too" in err
+        assert "--temperature and --top-k are for sampling; give --sample too" in err
     assert not files[1].exists()
 
 
@@ -546,6 +547,7 @@ def test_importing_the_command_line_is_light():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "Missing command"),
         (["frob"], "No such command 'frob'"),
         (["reproduce", "--preset", "smok"], "did you mean 'smoke'"),
         (["reproduce", "Sort"], "unknown task 'Sort'"),
@@ -613,3 +615,12 @@ def test_only_the_main_process_prints_a_mistake_and_none_waits_for_another(tmp_p
         errors.append(done.stderr)
     assert errors[0].startswith("error: unknown task 'Sort'")
     assert errors[1] == ""
+
+
+def test_torchrun_leaves_the_options_after_two_dashes_alone(run, folder):
+    arguments = ["--nproc-per-node", "2", "-m", "mingpt", "--", "config", "--run", str(folder)]
+    parsed = torch.distributed.run.parse_args(arguments)
+    assert (parsed.module, parsed.training_script) == (True, "mingpt")
+    code, out, err = run(*parsed.training_script_args)
+    assert (code, err) == (0, "")
+    assert "n_embd: 8" in out
