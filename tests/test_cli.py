@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+from safetensors.torch import load_file
 
+import mingpt.evaluation
 from mingpt import cli
+from mingpt.analysis import figures
+from mingpt.decoding import constraints
+from mingpt.experiments import multistep, pipeline
+from mingpt.model import GPT
+from mingpt.storage import huggingface, weights
 from mingpt.tasks import SIMPLE_TASKS, Task
 
 TINY = [
     *("--preset", "smoke", "--set", "model.n_embd=8", "--set", "trainer.max_iters=2", "--set", "prefix.max_iters=2"),
     *("--set", "prefix.batch_size=2", "--set", "evaluation.n_rows=10", "--set", "evaluation.n_matrix_rows=5"),
 ]
+TASKS = ["SortAscending", "Add1", "LessThan", "Modulo", "SortAscending+Add1"]
+ROW = "6 2 7 6 7 5 3 6 6 10"
+ROWS = [[6, 2, 7, 6, 7, 5, 3, 6, 6, 10], [1, 1, 2, 3, 5, 8, 1, 2, 3, 4], [4] * 10]
+MODULO_ROWS = [[2, 5, 7, 6, 7, 5, 3, 6, 6, 10], [0, 1, 2, 3, 5, 8, 1, 2, 3, 4]]
+"""Modulo is defined on the first of these, and not on the second: nothing can be divided by 0."""
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Call the command line; returns its exit code, what it printed and what it complained."""
+    """Call the command line; returns its exit code, its standard output and its standard error."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["mingpt", *map(str, arguments)])
@@ -34,41 +50,22 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run."""
-    out = tmp_path_factory.mktemp("cli") / "run"
-    command = [sys.executable, "-m", "mingpt", "reproduce", "--out", str(out), *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    """A finished run, made without --run."""
+    home = tmp_path_factory.mktemp("cli")
+    environment = os.environ | {"PYTHONPATH": str(Path(mingpt.__file__).parents[1])}
+    command = [sys.executable, "-m", "mingpt", "reproduce", *TASKS, *TINY]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
     assert "SortAscending+Add1" in done.stdout
+    assert "run: runs/smoke\n" in done.stderr
     assert "Warning" not in done.stderr
-    return out
+    return home / "runs" / "smoke"
 
 
-def test_the_same_command_again_says_that_it_is_done(run, folder):
-    code, out, _ = run("reproduce", "--out", folder, *TINY)
-    assert code == 0
-    assert "all seven mixed" in out
-
-
-def test_generate_answers_a_row(run, folder):
-    row = "6 2 7 6 7 5 3 6 6 10"
-    code, out, _ = run("generate", "--from", folder, "--task", "Add1", row)
-    assert code == 0
-    assert len(out.split()) == 10
-    assert all(0 <= int(word) < 13 for word in out.split())
-    assert run("generate", "--from", folder, "--sample", "--seed", 3, row) == run(
-        "generate", "--from", folder, "--sample", "--seed", 3, row
-    )
-
-
-def test_eval_scores_the_named_tasks_or_all(run, folder):
-    code, out, _ = run("eval", "--from", folder, "--rows", 10, "Add1", "SortAscending+Add1")
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["Add1", "SortAscending+Add1"]
-    assert len(run("eval", "--from", folder, "--rows", 3)[1].splitlines()) == 16
-    assert "/3 = " in run("eval", "--from", folder, "--rows", 3, "--without-prefix", "Add1")[1]
-
-
-ROWS = [[6, 2, 7, 6, 7, 5, 3, 6, 6, 10], [1, 1, 2, 3, 5, 8, 1, 2, 3, 4], [4] * 10]
+@pytest.fixture
+def copy(folder, tmp_path, monkeypatch):
+    """A copy of that run, to change, as the only one in the current folder's runs."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(folder, "runs/copy"))
 
 
 @pytest.fixture
@@ -79,123 +76,345 @@ def files(tmp_path):
     return rows, tmp_path / "out.jsonl"
 
 
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+def test_the_same_command_again_says_that_it_is_done(run, folder):
+    code, out, _ = run("reproduce", "--run", folder)
+    assert code == 0
+    assert "all seven mixed" in out
+
+
+def test_a_run_keeps_its_settings_for_later_commands(run, folder):
+    code, out, err = run("config", "--run", folder)
+    assert (code, err) == (0, "")
+    assert "preset: smoke" in out
+    assert "n_embd: 8" in out
+    code, _, err = run("reproduce", "--run", folder, "--seed", 1)
+    assert code == 2
+    assert "seed" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_the_run_that_changed_last_is_the_default_and_named_on_standard_error(run, copy):
+    shutil.copytree(copy, "runs/older")
+    for path in Path("runs/older").rglob("*"):
+        os.utime(path, (1, 1))
+    code, out, err = run("eval", "--rows", 3, "Add1")
+    assert code == 0
+    assert out.startswith("Add1 ")
+    assert err.splitlines()[0] == "run: runs/copy"
+    assert "run:" not in run("eval", "--rows", 3, "Add1", "--run", "runs/older")[2]
+    code, out, err = run("config")
+    assert (out.splitlines()[0], err) == ("preset: smoke", "run: runs/copy\n")
+    assert run("config", "--preset", "seed")[2] == "run: runs/seed\n"
+
+
+def test_a_command_without_any_run_says_how_to_make_one(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("eval")
+    assert (code, out) == (2, "")
+    assert "error: no model in runs/laptop; 'mingpt reproduce' makes one" in err
+    assert run("runs")[1] == "no runs; 'mingpt reproduce' makes one\n"
+
+
+def test_runs_are_listed_with_their_state(run, copy):
+    code, out, _ = run("runs")
+    assert code == 0
+    assert out.split()[:5] == ["runs/copy", "done", "smoke,", "seed", "0"]
+    (copy / "results.json").unlink()
+    (found,) = json.loads(run("runs", "--json")[1])
+    assert (found["path"], found["state"], found["preset"], found["seed"]) == ("runs/copy", "5 prefixes", "smoke", 0)
+    shutil.rmtree(copy / "prefixes")
+    assert json.loads(run("runs", "--run", copy, "--json")[1])[0]["state"] == "pretrained"
+
+
+@pytest.mark.parametrize("option", ["--out", "--from"])
+@pytest.mark.parametrize("command", ["reproduce", "eval"])
+def test_an_old_option_hints_at_run(run, command, option):
+    code, out, err = run(command, option, "runs/laptop")
+    assert (code, out) == (2, "")
+    assert err == f"error: No such option '{option}'; --run FOLDER names the run (see mingpt {command} --help)\n"
+
+
+def test_reproduce_takes_tasks(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("reproduce", "Add1", "LessThan+Add1", *TINY, "--json")
+    assert code == 0, err
+    assert list(json.loads(out)["tasks"]) == ["Add1", "LessThan+Add1"]
+    assert sorted(path.stem for path in Path("runs/smoke/prefixes").glob("*.safetensors")) == ["Add1", "LessThan+Add1"]
+
+
+def test_a_device_is_set_for_all_training_and_checked_first(run, copy, monkeypatch):
+    out = run("config", "--device", "cpu")[1]
+    assert out.count("device: cpu\n") == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (["pretrain", "--run", "new"], ["prefix", "Add1+Add1"], ["eval", "Add1"], ["generate", ROW]):
+        code, out, err = run(*command, "--device", "cuda")
+        assert (code, out) == (2, "")
+        assert "cuda" in err.splitlines()[-1]
+    assert sorted(path.name for path in Path().iterdir()) == ["runs"]
+
+
+# -------------------------------------------------------------------------------------------- prefixes and scores
+
+
+def test_a_prefix_is_trained_and_then_evaluated_in_the_default_run(run, copy):
+    code, out, err = run("prefix", "Add1+Add1")
+    assert code == 0, err
+    assert (copy / "prefixes" / "Add1+Add1.safetensors").exists()
+    assert run("eval", "Add1+Add1", "--rows", 10)[1] == out
+    assert out.startswith("Add1+Add1 ")
+
+
+def test_eval_scores_the_named_tasks_or_every_prefix(run, folder):
+    code, out, _ = run("eval", "--run", folder, "--rows", 10, "Add1", "SortAscending+Add1")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["Add1", "SortAscending+Add1"]
+    out = run("eval", "--run", folder, "--rows", 3)[1]
+    assert sorted(line.split()[0] for line in out.splitlines()) == sorted(
+        path.stem for path in (folder / "prefixes").glob("*.safetensors")
+    )
+    assert "/3 = " in run("eval", "--run", folder, "--rows", 3, "--without-prefix", "Add1+Add1")[1]
+
+
+@pytest.mark.parametrize("command", [["eval", "Add1+Add1+Add1"], ["generate", ROW, "--task", "Add1+Add1+Add1"]])
+def test_a_task_without_a_prefix_says_which_there_are_and_what_makes_it(run, folder, command):
+    code, out, err = run(*command, "--run", folder)
+    assert (code, out) == (2, "")
+    assert f"no prefix for Add1+Add1+Add1 in {folder}; there is one for " in err
+    assert f"mingpt prefix 'Add1+Add1+Add1' --run {folder} makes it" in err
+
+
+def test_a_prefix_of_another_kind_is_made_beside_the_first(run, copy):
+    before = (copy / "prefixes" / "Add1.safetensors").read_bytes()
+    code, _, err = run("prefix", "Add1", "--kind", "prompt")
+    assert code == 0, err
+    assert (copy / "prefixes" / "Add1.safetensors").read_bytes() == before
+    (path,) = (copy / "prefixes").glob("Add1-*.safetensors")
+    assert [list(tensor.shape) for tensor in load_file(path).values()] == [[10, 8]]
+    code, out, err = run("eval", path.stem, "--rows", 3)
+    assert code == 0, err
+    assert out.startswith(f"{path.stem} ")
+    assert run("prefix", "Add1", "--kind", "prefix")[0] == 2
+
+
+def test_prefix_evaluates_in_the_precision_of_the_settings(run, copy, monkeypatch):
+    precisions, evaluate = [], mingpt.evaluation.evaluate
+
+    def record(*arguments, **options):
+        precisions.append(options.get("precision"))
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(mingpt.evaluation, "evaluate", record)
+    assert run("prefix", "Add1", "--set", "evaluation.precision=float32")[0] == 0
+    assert precisions == ["float32"]
+
+
+def test_a_model_saved_without_its_data_is_one_line(run, tmp_path):
+    config = GPT.get_default_config()
+    config.merge_from_dict(
+        {"model_type": None, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 13, "block_size": 29}
+    )
+    weights.save_model(tmp_path / "model.safetensors", GPT(config))
+    for command in (["eval", "Add1"], ["generate", ROW]):
+        code, out, err = run(*command, "--run", tmp_path)
+        assert (code, out) == (2, "")
+        assert "was saved without a description of its data" in err.splitlines()[-1]
+
+
+def test_compare_prints_its_table_and_draws_it_afterwards(run, copy, monkeypatch):
+    command = ["compare", "--task", "Add1", "--methods", "activation,prompt"]
+    with monkeypatch.context() as broken:
+        broken.setattr(figures, "accuracy_matrix_figure", lambda *_, **__: (_ for _ in ()).throw(ValueError("no ink")))
+        code, out, err = run(*command)
+        assert code == 2
+        assert "error: no ink" in err
+        assert "Add1" in out
+    code, again, err = run(*command)
+    assert code == 0, err
+    assert again == out
+    assert (copy / "figures" / "comparison.png").stat().st_size > 1000
+    found = json.loads(run(*command, "--json")[1])
+    assert [(each["method"], each["task"]) for each in found] == [("activation", "Add1"), ("prompt", "Add1")]
+
+
+# ------------------------------------------------------------------------------------------------------- own tasks
+
+OWN = '''
+import numpy as np
+from mingpt.tasks import Task
+
+
+class {name}(Task):
+    """The row backwards."""
+
+    def solve(self, x):
+        return np.ascontiguousarray(x[..., ::-1])
+'''
+
+
+def test_own_tasks_of_a_file_and_of_a_module_are_known_to_every_command(run, copy, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("elsewhere").mkdir()
+    Path("elsewhere/own_file.py").write_text(OWN.format(name="ReverseOfFile"))
+    Path("own_module.py").write_text(OWN.format(name="ReverseOfModule"))
+    both = ["--import", "elsewhere/own_file.py", "--import", "own_module"]
+    code, out, err = run("prefix", "ReverseOfFile+Add1", "ReverseOfModule", *both)
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()] == ["ReverseOfFile+Add1", "ReverseOfModule"]
+    assert run("eval", "ReverseOfFile+Add1", "ReverseOfModule", *both, "--rows", 10)[1] == out
+    listed = json.loads(run("tasks", "--json", *both)[1])
+    (sample,) = [each for each in listed if each["task"] == "ReverseOfFile"]
+    assert sample["solution"] == sample["input"][::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("not_there.py", None, "No module named 'not_there'"),
+        ("not_there", None, "No module named 'not_there'"),
+        ("json.py", "", "another module is named json; rename the file"),
+        ("broken_1.py", "1 / 0", "ZeroDivisionError"),
+        ("broken_2.py", "def", "SyntaxError"),
+    ],
+)
+def test_an_import_that_fails_is_one_line(run, tmp_path, monkeypatch, name, source, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if source is not None:
+        Path(name).write_text(source)
+    code, out, err = run("reproduce", "--import", name)
+    assert (code, out) == (2, "")
+    assert f"cannot import {name}: " in err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_every_command_has_import(run):
+    for command in cli.cli.commands:
+        assert "--import" in run(command, "--help")[1]
+
+
+# --------------------------------------------------------------------------------------------------------- answers
+
+
+def test_generate_answers_a_row(run, folder):
+    code, out, _ = run("generate", "--run", folder, "--task", "Add1", ROW)
+    assert code == 0
+    assert len(out.split()) == 10
+    assert all(0 <= int(word) < 13 for word in out.split())
+    assert run("generate", "--run", folder, "--sample", "--seed", 3, ROW) == run(
+        "generate", "--run", folder, "--sample", "--seed", 3, ROW
+    )
+
+
 def test_predict_answers_each_row_of_a_file_as_generate_does(run, folder, files):
     _, output = files
-    assert run("predict", *files, "--from", folder, "--task", "Add1", "--batch-size", 2)[0] == 0
+    assert run("predict", *files, "--run", folder, "--task", "Add1", "--batch-size", 2)[0] == 0
     for row, line in zip(ROWS, output.read_text().splitlines(), strict=True):
-        _, out, _ = run("generate", "--from", folder, "--task", "Add1", " ".join(map(str, row)))
+        _, out, _ = run("generate", "--run", folder, "--task", "Add1", " ".join(map(str, row)))
         assert json.loads(line) == [int(word) for word in out.split()]
     assert list(output.parent.glob("out*")) == [output]
     before = output.read_bytes()
-    code, _, err = run("predict", *files, "--from", folder, "--task", "Modulo")
+    code, _, err = run("predict", *files, "--run", folder, "--task", "LessThan")
     assert code == 2
     assert err.startswith(f"error: {output} exists; remove it or choose another file")
     assert len(err.splitlines()) == 1
     assert output.read_bytes() == before
 
 
+def test_predict_samples_with_a_temperature_and_from_the_top_k(run, folder, files):
+    outputs = []
+    for options in ([], ["--sample", "--top-k", 1], ["--sample"], ["--sample", "--temperature", 1e-7]):
+        code, _, err = run("predict", *files, "--run", folder, "--task", "Add1", *options)
+        assert code == 0, err
+        outputs.append(files[1].read_text())
+        files[1].unlink()
+    greedy, top, sampled, cold = outputs
+    assert top == cold == greedy
+    assert sampled != greedy
+
+
+@pytest.mark.parametrize("option", [["--temperature", 0.5], ["--top-k", 3], ["--temperature", 1.0]])
+def test_a_temperature_or_top_k_without_sample_is_refused(run, folder, files, option):
+    for command in (["generate", ROW], ["predict", *files]):
+        code, out, err = run(*command, "--run", folder, "--task", "Add1", *option)
+        assert (code, out) == (2, "")
+        assert "--temperature and --top-k are for sampling; give --sample too" in err
+    assert not files[1].exists()
+
+
 def test_chain_answers_in_steps_and_measures_each(run, folder, files):
     _, output = files
-    code, out, err = run("chain", *files, "--from", folder, "--task", "SortAscending+Add1", "--constrained")
+    command = ["chain", *files, "--run", folder, "--task", "SortAscending+Add1", "--constrained"]
+    code, out, err = run(*command)
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()] == ["test-1-SortAscending_accuracy", "test-2-Add1_accuracy"]
-    for row, line in zip(ROWS, output.read_text().splitlines(), strict=True):
+    lines = output.read_text().splitlines()
+    for shown, step, task in zip(
+        out.splitlines(), ("1-SortAscending", "2-Add1"), ("SortAscending", "SortAscending+Add1"), strict=True
+    ):
+        n_right = sum(
+            json.loads(line)[step] == torch_task(task)(row).tolist() for row, line in zip(ROWS, lines, strict=True)
+        )
+        assert shown.split()[:2] == [step, f"{100 * n_right / 3:.2f}%"]
+    for row, line in zip(ROWS, lines, strict=True):
         answers = json.loads(line)
         assert list(answers) == ["1-SortAscending", "2-Add1"]
         assert sorted(answers["1-SortAscending"]) == sorted(row)
         assert all(2 <= value <= 11 for value in answers["2-Add1"])
     assert list(output.parent.glob("out*")) == [output]
+    output.unlink()
+    assert list(json.loads(run(*command, "--json")[1])) == ["1-SortAscending", "2-Add1"]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT and transformers among themselves
-def test_export_writes_what_transformers_and_peft_read(run, folder, tmp_path):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    out = tmp_path / "exported"
-    code, printed, err = run("export", out, "--from", folder, "--task", "Add1", "--task", "SortAscending+Add1")
-    assert code == 0, err
-    assert len(printed.splitlines()) == 2
-    assert sorted(path.name for path in out.iterdir()) == ["Add1", "SortAscending+Add1", "model"]
-    model = transformers.GPT2LMHeadModel.from_pretrained(out / "model")
-    loaded = peft.PeftModel.from_pretrained(model, str(out / "Add1")).eval()
-    row = torch.tensor(ROWS[:1])
-    tokens = loaded.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=10, do_sample=False)
-    _, expected, _ = run("generate", "--from", folder, "--task", "Add1", " ".join(map(str, ROWS[0])))
-    assert tokens[0, 10:].tolist() == [int(word) for word in expected.split()]
-    assert run("export", out, "--from", folder)[0] == 2
+def torch_task(name):
+    """The task as a function from a list to a tensor."""
+    return lambda row: Task.parse(name)(torch.tensor(row))
+
+
+@pytest.mark.parametrize("command", [["predict", "--task", "Modulo"], ["chain", "--task", "Modulo+Add1"]])
+def test_a_row_on_which_the_task_is_not_defined_is_named_before_anything_is_written(run, folder, files, command):
+    rows, output = files
+    rows.write_text("".join(f"{row}\n" for row in MODULO_ROWS))
+    code, out, err = run(command[0], *files, "--run", folder, *command[1:])
+    assert (code, out) == (2, "")
+    assert f"line 2 of {rows}: {command[2]} is not defined on [0, 1, 2, 3, 5, 8, 1, 2, 3, 4]" in err
+    assert len(err.splitlines()) == 1
+    assert list(output.parent.glob("out*")) == []
+    rows.write_text(f"{MODULO_ROWS[0]}\n")
+    assert run(command[0], *files, "--run", folder, *command[1:])[0] == 0
+
+
+def test_chain_writes_nothing_where_it_cannot_measure(run, folder, files, monkeypatch):
+    def measure(*_):
+        raise ValueError("cannot be measured")
+
+    monkeypatch.setattr(multistep, "measure", measure)
+    code, out, err = run("chain", *files, "--run", folder, "--task", "Add1")
+    assert (code, out) == (2, "")
+    assert "cannot be measured" in err
+    assert not files[1].exists()
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", "6 2 7", "[" + "99, " * 9 + "1]", "[" + "1.5, " * 9 + "1]", '{"a": 1}', ""])
 def test_a_line_that_is_no_row_is_named(run, folder, files, line):
     rows, output = files
     rows.write_text(f"{ROWS[0]}\n{line}\n")
-    code, _, err = run("predict", *files, "--from", folder, "--task", "Add1")
+    code, _, err = run("predict", *files, "--run", folder, "--task", "Add1")
     assert code == 2
-    assert f"line 2 of {rows} must be a JSON list of 10 integers from 0 to 12, got {line!r}" in err
+    assert f"line 2 of {rows} must be a list of 10 integers from 0 to 12, got {line!r}" in err
     assert len(err.splitlines()) == 1
     assert list(output.parent.glob("out*")) == []
 
 
-def test_prefix_learns_one_more(run, folder):
-    code, out, _ = run("prefix", "Add1+Add1", "--out", folder, *TINY)
-    assert code == 0
-    assert (folder / "prefix_Add1+Add1.safetensors").exists()
-    assert out.startswith("Add1+Add1")
-
-
-def test_inspect_says_what_a_file_is(run, folder):
-    code, out, _ = run("inspect", folder / "prefixes.safetensors")
-    assert code == 0
-    assert '"kind": "prefixes"' in out
-    assert "(2, 10, 8)" in out
-
-
-def test_tasks_lists_each_with_a_right_sample(run):
-    code, out, _ = run("tasks")
-    assert code == 0
-    lines = out.splitlines()
-    for task in SIMPLE_TASKS:
-        (place,) = [i for i, line in enumerate(lines) if line.split(" ")[0] == str(task)]
-        given, solution = ([int(word) for word in side.split()] for side in lines[place + 1].split("->"))
-        assert Task.parse(str(task))(given) == solution
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["frob"], "No such command 'frob'"),
-        (["reproduce", "--preset", "smok"], "did you mean 'smoke'"),
-        (["reproduce", "--set", "trainer.max_iter=3"], "did you mean 'max_iters'"),
-        (["reproduce", "--set", "trainer=3"], "is a group"),
-        (["reproduce", "--set", "nothing"], "--key=value"),
-        (["prefix"], "Missing argument 'TASK...'"),
-        (["prefix", "LessThan+Modulo"], "LessThan"),
-        (["prefix", "Sort"], "unknown task 'Sort'"),
-        (["generate", "1 2", "--from", "nowhere"], "no model in nowhere"),
-        (["inspect", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(*arguments)
-    assert code == 2
-    assert out == ""
-    assert message in err
+@pytest.mark.parametrize("row", ["1 2 3", "a b c d e f g h i j", "99 " * 10, "1.5 " * 10, "1 " * 9 + "-1", ""])
+def test_a_row_that_the_model_cannot_read_is_refused(run, folder, row):
+    code, out, err = run("generate", "--run", folder, row)
+    assert (code, out) == (2, "")
+    assert "the row must be a list of 10 integers from 0 to 12" in err
     assert len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())  # nothing is left behind
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [("1 2 3", "rows of 10 integers"), ("a b c d e f g h i j", "integers with spaces"), ("99 " * 10, "from 0 to 12")],
-)
-def test_a_row_that_the_model_cannot_read_is_refused(run, folder, row, message):
-    code, _, err = run("generate", "--from", folder, row)
-    assert code == 2
-    assert message in err
-    assert len(err.splitlines()) <= 2  # the model's size is logged first
-
-
-ROW = "6 2 7 6 7 5 3 6 6 10"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +428,7 @@ ROW = "6 2 7 6 7 5 3 6 6 10"
     ],
 )
 def test_generate_keeps_to_constraints(run, folder, options, is_right):
-    code, out, _ = run("generate", "--from", folder, *options, ROW)
+    code, out, _ = run("generate", "--run", folder, *options, ROW)
     assert code == 0
     answer = list(map(int, out.split()))
     assert len(answer) == 10
@@ -227,16 +446,133 @@ def test_generate_keeps_to_constraints(run, folder, options, is_right):
     ],
 )
 def test_a_constraint_that_nothing_satisfies_is_refused(run, folder, options, message):
-    code, out, err = run("generate", "--from", folder, *options, ROW)
+    code, out, err = run("generate", "--run", folder, *options, ROW)
     assert (code, out) == (2, "")
     assert message in err
-    assert len(err.splitlines()) <= 2
+    assert len(err.splitlines()) == 1
 
 
-def test_a_task_without_a_prefix_is_refused(run, folder):
-    code, _, err = run("generate", "--from", folder, "--task", "Add1+Add1+Add1", "1 2 3 4 5 6 7 8 9 10")
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT and transformers among themselves
+def test_export_writes_what_transformers_and_peft_read(run, folder, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    out = tmp_path / "exported"
+    code, printed, err = run("export", out, "--run", folder, "--task", "Add1", "--task", "SortAscending+Add1")
+    assert code == 0, err
+    assert len(printed.splitlines()) == 2
+    assert sorted(path.name for path in out.iterdir()) == ["Add1", "SortAscending+Add1", "model"]
+    assert list(tmp_path.iterdir()) == [out]
+    model = transformers.GPT2LMHeadModel.from_pretrained(out / "model")
+    loaded = peft.PeftModel.from_pretrained(model, str(out / "Add1")).eval()
+    row = torch.tensor(ROWS[:1])
+    tokens = loaded.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=10, do_sample=False)
+    _, expected, _ = run("generate", "--run", folder, "--task", "Add1", " ".join(map(str, ROWS[0])))
+    assert tokens[0, 10:].tolist() == [int(word) for word in expected.split()]
+    assert run("export", out, "--run", folder)[0] == 2
+
+
+@pytest.mark.parametrize("missing", ["transformers", "peft"])
+def test_export_without_its_extra_is_one_line_and_writes_nothing(run, folder, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, out, err = run("export", tmp_path / "exported", "--run", folder)
+    assert (code, out) == (2, "")
+    assert "pip install 'mingpt-prefix-tuning[hf]'" in err
+    assert missing in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_export_that_fails_half_way_leaves_nothing(run, folder, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+
+    def export_peft(*_):
+        raise ValueError("cannot be exported")
+
+    monkeypatch.setattr(huggingface, "export_peft", export_peft)
+    code, out, err = run("export", tmp_path / "deep" / "exported", "--run", folder)
+    assert (code, out) == (2, "")
+    assert "cannot be exported" in err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+# --------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_tables_are_one_json_document_on_standard_output(run, folder, files):
+    results = json.loads(run("reproduce", "--run", folder, "--json")[1])
+    assert results["tasks"]["Add1"]["with"]["n_rows"] == 10
+    code, out, err = run("eval", "--run", folder, "--rows", 10, "--json", "Add1")
+    assert code == 0, err
+    assert json.loads(out)["Add1"] == results["tasks"]["Add1"]["with"]
+
+
+def test_inspect_says_what_a_file_is(run, folder):
+    code, out, _ = run("inspect", folder / "model.safetensors")
+    assert code == 0
+    assert '"kind": "model"' in out
+    assert "(13, 8)" in out
+
+
+def test_tasks_lists_each_with_a_right_sample(run):
+    code, out, _ = run("tasks")
+    assert code == 0
+    lines = out.splitlines()
+    for task in SIMPLE_TASKS:
+        (place,) = [i for i, line in enumerate(lines) if line.split(" ")[0] == str(task)]
+        given, solution = ([int(word) for word in side.split()] for side in lines[place + 1].split("->"))
+        assert torch_task(str(task))(given).tolist() == solution
+
+
+def test_help_reads_well(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("reproduce", "pretrain", "prefix", "eval", "generate", "tasks", "runs"):
+        assert f"\n  {command} " in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_importing_the_command_line_is_light():
+    script = "import sys, mingpt.cli; print([name for name in ('torch', 'numpy', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# -------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command"),
+        (["frob"], "No such command 'frob'"),
+        (["reproduce", "--preset", "smok"], "did you mean 'smoke'"),
+        (["reproduce", "Sort"], "unknown task 'Sort'"),
+        (["reproduce", "--set", "trainer.max_iter=3"], "did you mean 'max_iters'"),
+        (["reproduce", "--set", "trainer.batch_size=abc"], "batch_size"),
+        (["reproduce", "--set", "evaluation.n_matrix_rows=0", *TINY[:-2]], "n_matrix_rows"),
+        (["reproduce", "--set", "trainer=3"], "is a group"),
+        (["reproduce", "--set", "nothing"], "nothing"),
+        (["reproduce", "--device", "gpu"], "gpu"),
+        (["prefix"], "Missing argument 'TASK...'"),
+        (["prefix", "LessThan+Modulo"], "LessThan"),
+        (["prefix", "Sort"], "unknown task 'Sort'"),
+        (["prefix", "Add1", "--kind", "soft"], "'soft' is not one of"),
+        (["generate", "1 2", "--run", "nowhere"], "no model in nowhere"),
+        (["inspect", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
     assert code == 2
-    assert "no prefix for Add1+Add1+Add1" in err
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
 def test_a_damaged_file_is_one_line(run, folder, tmp_path):
@@ -244,14 +580,47 @@ def test_a_damaged_file_is_one_line(run, folder, tmp_path):
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-5] ^= 1
     damaged.write_bytes(data)
-    code, _, err = run("eval", "--from", tmp_path)
+    code, _, err = run("eval", "--run", tmp_path)
     assert code == 2
     assert "model.safetensors: field 'checksum'" in err
+    assert len(err.splitlines()) == 1
 
 
-def test_help_reads_well(run):
-    code, out, _ = run("--help")
-    assert code == 0
-    for command in ("reproduce", "pretrain", "prefix", "eval", "generate", "tasks"):
-        assert f"\n  {command} " in out
-    assert max(map(len, out.splitlines())) <= 100
+def test_an_error_of_several_lines_is_one_line(run, folder, monkeypatch):
+    def from_regex(*_):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr(constraints.DFA, "from_regex", from_regex)
+    assert run("generate", "--run", folder, "--regex", "1", ROW)[2] == "error: first second\n"
+
+
+def test_an_interruption_says_what_holds(run, tmp_path, monkeypatch):
+    def pretrain(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "pretrain", pretrain)
+    code, out, err = run("pretrain", "--run", tmp_path / "new", *TINY)
+    assert (code, out) == (130, "")
+    assert err.strip() == "interrupted; what was saved is kept, and the same command goes on from it"
+
+
+def test_only_the_main_process_prints_a_mistake_and_none_waits_for_another(tmp_path):
+    job = {"PYTHONPATH": str(Path(mingpt.__file__).parents[1]), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    errors = []
+    for rank in ("0", "1"):  # one after the other
+        environment = os.environ | job | {"MASTER_PORT": "29731", "RANK": rank}
+        command = [sys.executable, "-m", "mingpt", "prefix", "Sort"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        assert (done.returncode, done.stdout) == (2, "")
+        errors.append(done.stderr)
+    assert errors[0].startswith("error: unknown task 'Sort'")
+    assert errors[1] == ""
+
+
+def test_torchrun_leaves_the_options_after_two_dashes_alone(run, folder):
+    arguments = ["--nproc-per-node", "2", "-m", "mingpt", "--", "config", "--run", str(folder)]
+    parsed = torch.distributed.run.parse_args(arguments)
+    assert (parsed.module, parsed.training_script) == (True, "mingpt")
+    code, out, err = run(*parsed.training_script_args)
+    assert (code, err) == (0, "")
+    assert "n_embd: 8" in out
