@@ -47,8 +47,8 @@ def main() -> None:
         sys.exit(130)
     except (click.ClickException, ImportError, ValueError, OSError) as error:
         _echo(f"error: {_message(error)}", err=True)
-    except distributed.MainProcessError:
-        pass  # the main process prints its error itself
+    except distributed.OtherProcessError:
+        pass  # the process that failed prints its error itself
     sys.exit(2)
 
 
@@ -276,7 +276,7 @@ def compare(
     """Fit each task by several methods, side by side.
 
     Each has as many trainable parameters and as much training: fine-tuning, LoRA, prefixes of every kind and
-    initialization, soft prompts. Prints a table; the run's folder gets comparison/results.json and
+    initialization, soft prompts. Prints a table; the run's folder gets a file for each result in comparison/, and
     figures/comparison.png.
     """
     from mingpt.analysis.figures import accuracy_matrix_figure
@@ -286,15 +286,13 @@ def compare(
     config, run = _configure(**options, is_new=False)
     names = methods.split(",") if methods else list(comparison.METHODS)
     results = comparison.compare(config, run, list(tasks) or TEST_TASKS, names, n_parameters)
-    budget = f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task"
-    table = comparison.results_table(results).to_string(float_format="{:.2f}".format)
-    _echo_result([vars(each) for each in results], f"{table}\n{budget}", as_json)
+    _echo_result(results.to_dict("records"), comparison.format_table(results), as_json)
+    _echo(f"{config.prefix.max_iters} iterations of {config.prefix.batch_size} rows a task", err=True)
     path = run / "figures" / "comparison.png"
     if _is_main():
         path.parent.mkdir(exist_ok=True)
-        accuracy_matrix_figure(comparison.as_matrix(results), "Methods side by side", rows="method").savefig(
-            path, dpi=150
-        )
+        matrix = results.pivot_table("percent", "method", "task", sort=False)
+        accuracy_matrix_figure(matrix, "Methods side by side", rows="method").savefig(path, dpi=150)
     _echo(f"the figure is {path}", err=True)
 
 

@@ -207,7 +207,7 @@ class Trainer:
 
     def build_optimizer(self) -> torch.optim.Optimizer | ChainedOptimizer:
         """A fresh optimizer for the trainable parameters."""
-        return build_optimizer(self.model, self.config)
+        return build_optimizer(cast(GPT, self.model), self.config)
 
     def set_mode(self) -> None:
         """Put the model into the mode that it is trained in."""
@@ -311,7 +311,7 @@ class Trainer:
         """What is called in the place of the model: it keeps the processes' gradients or parameters in step."""
         model, is_alone = self.model, distributed.world_size() == 1
         if self.config.parallel == "fsdp" and not is_alone:
-            fully_shard(model, self.device.type)
+            fully_shard(cast(GPT, model), self.device.type)
         wrapped = torch.compile(model) if self.config.compile else model
         if is_alone or self.config.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
             return wrapped

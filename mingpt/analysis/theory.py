@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mingpt.analysis.figures import head_heatmap
-from mingpt.model import GPT, Block, Record, causal_mask
-from mingpt.prefix import Prefix, as_key_value, as_prefix
+from mingpt.model import GPT, Block, causal_mask
+from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

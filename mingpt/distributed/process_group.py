@@ -159,17 +159,3 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """The device that a name says (stand-in until the merge)."""
-    init_process_group()
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; choose auto, cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not available; there is no GPU, choose cpu or auto")
-    return found

@@ -1,15 +1,16 @@
 """Experiments: pipelines of stages, methods side by side, predictions, and plans of steps.
 
-``pipeline`` trains one thing, leaves one file, and reads it from then on; ``reproduction`` is the flagship experiment
-on top of it; ``comparison`` fits many methods; ``predictor`` predicts on all processes of a job; ``multistep`` chains
-prefixes.
+``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it from then on;
+``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``predictor`` predicts on all
+processes of a job; ``multistep`` chains prefixes.
 """
 
 from mingpt.experiments.comparison import compare
 from mingpt.experiments.multistep import Plan, Step, plan_from_composition
 from mingpt.experiments.pipeline import fine_tune, pretrain, train_lora, train_prefixes
 from mingpt.experiments.predictor import Predictor
-from mingpt.experiments.reproduction import get_default_config, reproduce
+from mingpt.experiments.presets import get_default_config
+from mingpt.experiments.reproduction import reproduce
 
 __all__ = [
     "Plan", "Predictor", "Step", "compare", "fine_tune", "get_default_config", "plan_from_composition", "pretrain",

@@ -242,7 +242,7 @@ def results_table(results: DataFrame) -> DataFrame:
     import pandas as pd
 
     scores = results.pivot_table("percent", "task", "method", sort=False)
-    costs: Any = results.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean().T
+    costs = pd.DataFrame(results.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean()).T
     costs.index = ["parameters a task", "trained parameters a task", "seconds a task"]
     return pd.concat([scores, costs])
 

@@ -179,7 +179,7 @@ def evaluate_chains(
                 task, model, prefixes, data.length, data.num_digits, data.prefix_padding
             )
             outputs = multistep.predict(plan, inputs.tolist(), precision=config.evaluation.precision)
-            scores[str(task)] = Score.of(np.array(outputs[plan.steps[-1].name]), solutions)
+            scores[str(task)] = Score.of(np.array(outputs[plan.steps[-1].name]), solutions, inputs)
     return scores
 
 

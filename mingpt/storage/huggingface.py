@@ -90,8 +90,8 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
-                f"the prefix has {adapter.n_positions} positions in {adapter.n_placeholders} places; PEFT places the content "
-                "after all positions, so it cannot be exported"
+                f"the prefix has {adapter.n_positions} positions for {adapter.n_placeholders} placeholders; in PEFT the "
+                "content comes after all positions, so it cannot be exported"
             )
         values = as_key_value(model, adapter)
         n_layer, _, n_positions, n_embd = values.shape
