@@ -291,7 +291,7 @@ def compare(
     path = run / "figures" / "comparison.png"
     if _is_main():
         path.parent.mkdir(exist_ok=True)
-        matrix = results.pivot_table("percent", "method", "task", sort=False)
+        matrix = results.pivot_table("accuracy", "method", "task", sort=False)
         accuracy_matrix_figure(matrix, "Methods side by side", rows="method").savefig(path, dpi=150)
     _echo(f"the figure is {path}", err=True)
 

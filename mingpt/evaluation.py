@@ -232,62 +232,13 @@ def constraint_effect(
     return ConstraintEffect(free, constrained, tuple(forbidden_mass.clamp(min=0).tolist()))
 
 
-_COUNTS = ("n_correct", "n_rows", "n_distinct")
-
-
-@dataclass(frozen=True)
-class AccuracyMatrix:
-    """The score of every prefix on every task.
-
-    Attributes:
-        prefixes: the row names, "none" for the model without a prefix.
-        tasks: the column names.
-        scores: ``scores[i][j]`` of prefix i on task j.
-    """
-
-    prefixes: tuple[str, ...]
-    tasks: tuple[str, ...]
-    scores: tuple[tuple[Score, ...], ...]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
-        """Undo ``to_dict``; what the scores were at each position is not kept."""
-        counts = np.array([values.get(name, values["n_rows"]) for name in _COUNTS]).transpose(1, 2, 0).tolist()
-        scores = tuple(tuple(Score(n, n_rows, (), n_distinct) for n, n_rows, n_distinct in row) for row in counts)
-        return cls(tuple(values["prefixes"]), tuple(values["tasks"]), scores)
-
-    @property
-    def accuracies(self) -> np.ndarray:
-        """The accuracies, (n_prefixes, n_tasks), 0 to 1."""
-        return np.array([[score.accuracy for score in row] for row in self.scores])
-
-    def __getitem__(self, names: tuple[str, str]) -> Score:
-        """``matrix[prefix, task]``, by name."""
-        prefix, task = names
-        return self.scores[self.prefixes.index(prefix)][self.tasks.index(task)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The matrix as JSON values."""
-        return {
-            "prefixes": list(self.prefixes),
-            "tasks": list(self.tasks),
-            **{name: [[getattr(score, name) for score in row] for row in self.scores] for name in _COUNTS},
-        }
-
-    def to_frame(self) -> DataFrame:
-        """The accuracies in percent: a row for each prefix, a column for each task."""
-        import pandas as pd
-
-        return pd.DataFrame(100 * self.accuracies, index=list(self.prefixes), columns=list(self.tasks))
-
-
 def accuracy_matrix(
     model: GPT,
     prefixes: Mapping[str, AnyPrefix],
     datasets: Sequence[CustomDataset],
     n_rows: int = N_ROWS,
     **options: Any,
-) -> AccuracyMatrix:
+) -> DataFrame:
     """Score every prefix on the one task of every dataset.
 
     The model answers once for each prefix and each different set of input rows. All tasks that are posed on these rows
@@ -300,9 +251,15 @@ def accuracy_matrix(
         n_rows: rows for each cell.
         options: see ``predict``.
 
+    Returns:
+        A ``Score`` in each cell, a row for each prefix, a column for each task.
+        ``matrix.map(lambda score: 100 * score.accuracy)`` has them in percent.
+
     Raises:
         ValueError: if a dataset has several tasks, none are given, or as ``evaluate`` does.
     """
+    import pandas as pd
+
     if not datasets or any(len(dataset.tasks) != 1 for dataset in datasets):
         raise ValueError("accuracy_matrix needs at least one dataset, of one task each")
     rows = [_rows(model, dataset, n_rows) for dataset in datasets]
@@ -315,8 +272,8 @@ def accuracy_matrix(
         for (padding, _), columns in columns_of.items():
             outputs = predict(model, rows[columns[0]][0], padding, prefix, **options)
             scores |= {column: Score.of(outputs, rows[column][1], rows[column][0]) for column in columns}
-        table.append(tuple(scores[column] for column in range(len(datasets))))
-    return AccuracyMatrix(tuple(prefixes), tuple(str(dataset.tasks[0]) for dataset in datasets), tuple(table))
+        table.append([scores[column] for column in range(len(datasets))])
+    return pd.DataFrame(table, list(prefixes), [str(dataset.tasks[0]) for dataset in datasets])
 
 
 def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | None = None) -> DataFrame:

@@ -25,7 +25,6 @@ from reference import (
 from mingpt.datasets import CustomDataset
 from mingpt.decoding.constraints import MonotoneConstraint
 from mingpt.evaluation import (
-    AccuracyMatrix,
     Score,
     accuracy_matrix,
     bayes_loss,
@@ -454,19 +453,17 @@ class Unchecked:
 def test_each_cell_of_the_matrix_is_what_evaluate_gives():
     datasets = [make_dataset(task) for task in MATRIX_TASKS]
     matrix, model = make_matrix(datasets, batch_size=9)
-    assert matrix.prefixes == ("none", *map(str, MATRIX_TASKS))
-    assert matrix.tasks == tuple(map(str, MATRIX_TASKS))
-    assert matrix.accuracies.shape == (7, 6)
+    assert list(matrix.index) == ["none", *map(str, MATRIX_TASKS)]
+    assert list(matrix.columns) == list(map(str, MATRIX_TASKS))
     for i, (name, prefix) in enumerate(make_prefixes().items()):
         for j, dataset in enumerate(datasets):
             score = evaluate(model, dataset, prefix, n_rows=20)
-            assert matrix[name, str(MATRIX_TASKS[j])] is matrix.scores[i][j]
-            assert (matrix.scores[i][j], matrix.scores[i][j].by_position) == (score, score.by_position)
-            assert matrix.accuracies[i, j] == score.accuracy
+            cell = matrix.iloc[i, j]
+            assert (cell, cell.by_position, cell.n_distinct) == (score, score.by_position, score.n_distinct)
             if name == str(MATRIX_TASKS[j]):
                 assert score.accuracy == 1
-    assert len(np.unique(matrix.accuracies)) > 2
-    assert matrix.accuracies[0].tolist() == matrix.accuracies[1].tolist()  # "none" answers the first task
+    assert len(set(matrix.map(lambda score: score.accuracy).to_numpy().flat)) > 2
+    assert list(matrix.iloc[0]) == list(matrix.iloc[1])  # "none" answers the first task
 
 
 def test_the_model_answers_once_for_each_prefix_and_different_rows():
@@ -481,7 +478,7 @@ def test_other_rows_are_answered_apart(change):
     datasets = [make_dataset(Add1()), make_dataset(SortAscending()), make_dataset(Add1(), **change)]
     matrix, model = make_matrix(datasets)
     assert len(model.calls) == 2 * 7
-    for score, dataset in zip(matrix.scores[0], datasets, strict=True):
+    for score, dataset in zip(matrix.iloc[0], datasets, strict=True):
         expected = evaluate(model, dataset, n_rows=20)
         assert (score, score.by_position) == (expected, expected.by_position)
 
@@ -491,29 +488,9 @@ def test_rows_after_another_padding_are_answered_apart(half_trained):
     datasets = [dataset, make_dataset(SortAscending(), length=3, num_digits=6, prefix_padding=1)]
     assert np.array_equal(datasets[0].rows(range(40))[0], datasets[1].rows(range(40))[0])
     matrix = accuracy_matrix(model, {"none": None}, datasets, n_rows=40, precision="float32")
-    for score, own in zip(matrix.scores[0], datasets, strict=True):
+    for score, own in zip(matrix.iloc[0], datasets, strict=True):
         assert score == evaluate(model, own, n_rows=40, precision="float32")
-    assert matrix.scores[0][0] != matrix.scores[0][1]
-
-
-def test_the_matrix_goes_to_json():
-    scores = ((Score(1, 4), Score(2, 4)),)
-    values = AccuracyMatrix(("none",), ("Add1", "Modulo"), scores).to_dict()
-    assert values["prefixes"] == ["none"]
-    assert values["tasks"] == ["Add1", "Modulo"]
-    assert values["n_correct"] == [[1, 2]]
-    assert values["n_rows"] == values["n_distinct"] == [[4, 4]]
-    matrix = AccuracyMatrix(("none",), ("Add1", "Modulo"), ((Score(1, 4), Score(2, 4, n_distinct=3)),))
-    assert AccuracyMatrix.from_dict(matrix.to_dict()) == matrix
-    del values["n_distinct"]  # of an earlier version
-    assert AccuracyMatrix.from_dict(values).scores == scores
-
-
-def test_the_matrix_is_a_frame_of_percent():
-    frame = AccuracyMatrix(
-        ("none", "Add1"), ("Add1", "Modulo"), ((Score(1, 4),) * 2, (Score(4, 4), Score(0, 4)))
-    ).to_frame()
-    assert frame.to_dict("index") == {"none": {"Add1": 25.0, "Modulo": 25.0}, "Add1": {"Add1": 100.0, "Modulo": 0.0}}
+    assert matrix.iloc[0, 0] != matrix.iloc[0, 1]
 
 
 def test_the_matrix_needs_datasets_of_one_task():

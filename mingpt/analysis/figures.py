@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.evaluation import AccuracyMatrix, ConstraintEffect, Score
+from mingpt.evaluation import ConstraintEffect, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,35 +151,30 @@ def _label_tokens(grid: np.ndarray, tokens: Sequence[str], edges: Sequence[int],
 # ----------------------------------------------------------------------------------------------- accuracies
 
 
-def accuracy_matrix_figure(matrix: AccuracyMatrix, title: str = "", rows: str = "prefix") -> Figure:
+def accuracy_matrix_figure(matrix: DataFrame, title: str = "", rows: str = "prefix") -> Figure:
     """Draw the accuracy of every prefix on every task, in percent, with an outline where the names are the same.
 
     Args:
-        matrix: the scores, prefixes by tasks.
+        matrix: a ``Score``, or an accuracy from 0 to 1, in each cell; prefixes by tasks.
         title: above the figure.
         rows: what the matrix's rows are.
 
     Raises:
-        ValueError: if the matrix is empty or its rows have not one score for each task.
+        ValueError: if the matrix is empty.
     """
     from matplotlib.patches import Rectangle
-    from pandas import DataFrame
 
-    shape = (len(matrix.prefixes), len(matrix.tasks))
-    if 0 in shape or [len(row) for row in matrix.scores] != [shape[1]] * shape[0]:
-        raise ValueError(f"the matrix must have scores for {shape[0]} prefixes by {shape[1]} tasks, at least one each")
-    figure, ax = _percent_heatmap(
-        DataFrame(matrix.accuracies, matrix.prefixes, matrix.tasks), title, "accuracy in percent", 100
-    )
-    is_own = np.equal.outer(np.array(matrix.prefixes), np.array(matrix.tasks))
+    if matrix.empty:
+        raise ValueError(f"the matrix must have at least one row and one column, got {matrix.shape}")
+    shares = matrix.map(lambda cell: getattr(cell, "accuracy", cell))
+    figure, ax = _percent_heatmap(shares, title, "accuracy in percent", 100)
+    is_own = np.equal.outer(matrix.index.to_numpy(), matrix.columns.to_numpy())
     for row, column in np.argwhere(is_own):
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=1.6, clip_on=False))
-    ax.set_xticks(ax.get_xticks(), matrix.tasks, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_xticks(ax.get_xticks(), matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set(xlabel="task", ylabel=rows)
-    counts = [score.n_rows for row in matrix.scores for score in row]
-    n_rows = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-    outlined = " Outlined: the prefix on the task it is named after." if is_own.any() else ""
-    figure.supxlabel(f"{n_rows} rows a cell.{outlined}", fontsize=8)
+    if is_own.any():
+        figure.supxlabel("Outlined: the prefix on the task it is named after.", fontsize=8)
     return figure
 
 

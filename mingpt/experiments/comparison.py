@@ -94,7 +94,7 @@ def compare(
     Returns:
         A row for each method and task, in their order, with the columns method, task, n_parameters (what the task
         costs), n_trained (more where a reparametrization leaves some behind), seconds (of training; prefixes of several
-        tasks are trained at once, and share the time evenly), n_correct, n_rows and percent (of test rows solved).
+        tasks are trained at once, and share the time evenly), n_correct, n_rows and accuracy (the share of test rows solved).
 
     Raises:
         ValueError: for an unknown method, or one that cannot do with so few parameters.
@@ -166,7 +166,7 @@ def _fit(
         return {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds} | {
             "n_correct": score.n_correct,
             "n_rows": score.n_rows,
-            "percent": 100 * score.accuracy,
+            "accuracy": score.accuracy,
         }
 
     def full(task: Task) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def results_table(results: DataFrame) -> DataFrame:
     """What ``compare`` found, side by side: a row for each task in percent, and for each cost; a column a method."""
     import pandas as pd
 
-    scores = results.pivot_table("percent", "task", "method", sort=False)
+    scores = 100 * results.pivot_table("accuracy", "task", "method", sort=False)
     costs = pd.DataFrame(results.groupby("method", sort=False)[["n_parameters", "n_trained", "seconds"]].mean()).T
     costs.index = ["parameters a task", "trained parameters a task", "seconds a task"]
     return pd.concat([scores, costs])

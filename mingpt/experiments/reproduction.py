@@ -20,7 +20,7 @@ import torch
 
 from mingpt import distributed
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import AccuracyMatrix, Score, accuracy_matrix, bayes_loss, evaluate
+from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate
 from mingpt.experiments import multistep
 from mingpt.experiments.pipeline import dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
@@ -66,7 +66,7 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
     Returns:
         config, seconds, bayes_loss (see ``mingpt.evaluation``), mixed (the score without a prefix on the seven tasks
         mixed), tasks (for each its group, and its scores with and without its prefix, and as a chain of prefixes, None
-        where it is no composition or a part of it has no prefix), and the matrix.
+        where it is no composition or a part of it has no prefix), and matrix (accuracies by prefix and task).
 
     Raises:
         CheckpointError: if the folder's model is of another configuration.
@@ -112,7 +112,7 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
                 }
                 for task in tasks
             },
-            "matrix": matrix.to_dict(),
+            "matrix": matrix.map(lambda score: score.accuracy).to_dict("index"),
         }
 
     results = cached_json(path, key, compute)
@@ -123,7 +123,7 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
 
 def evaluate_run(
     config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]
-) -> tuple[dict[str, Score], dict[str, Score], AccuracyMatrix]:
+) -> tuple[dict[str, Score], dict[str, Score], DataFrame]:
     """Score the model with and without prefixes.
 
     Args:
@@ -136,10 +136,12 @@ def evaluate_run(
         The scores without a prefix, by task and of the seven pretraining tasks mixed; the scores of each task with its
         prefix; and those of every prefix, and none, on every task.
     """
+    import pandas as pd
+
     n_rows, options = config.evaluation.n_rows, {"precision": config.evaluation.precision}
     datasets = {str(task): dataset(config, "test", [task]) for task in tasks}
 
-    def row(name: str, prefix: Prefix | None, n_rows: int) -> Callable[[], AccuracyMatrix]:
+    def row(name: str, prefix: Prefix | None, n_rows: int) -> Callable[[], DataFrame]:
         return partial(accuracy_matrix, model, {name: prefix}, list(datasets.values()), n_rows, **options)
 
     mixed = dataset(config, "test", PRETRAINING_TASKS)
@@ -150,10 +152,9 @@ def evaluate_run(
     }
     rows = {k: row(k, prefix, config.evaluation.n_matrix_rows) for k, prefix in {"none": None, **prefixes}.items()}
     done: dict[Any, Any] = distributed.map_over_ranks(jobs | rows)
-    alone = done["without"]
-    without = {MIXED: done["mixed"], **{name: alone["none", name] for name in alone.tasks}}
+    without = {MIXED: done["mixed"], **done["without"].loc["none"]}
     with_prefix = {name: done["with", name] for name in datasets}
-    return without, with_prefix, AccuracyMatrix(tuple(rows), alone.tasks, tuple(done[name].scores[0] for name in rows))
+    return without, with_prefix, pd.concat([done[name] for name in rows])
 
 
 def evaluate_chains(
@@ -243,16 +244,19 @@ def draw_figures(run: Path, model: GPT, prefixes: Mapping[str, Prefix], results:
         prefixes: by task name.
         results: see ``reproduce``.
     """
+    from pandas import DataFrame
+
     from mingpt.analysis import figures as draw
 
     config, n_rows = results["config"], results["mixed"]["n_rows"]
+    n_matrix_rows = config["evaluation"]["n_matrix_rows"]
     with_prefix, without = scores_of(results)
     groups: dict[str, list[str]] = {}
     for name, row in results["tasks"].items():
         groups.setdefault(row["group"], []).append(name)
     found = {
         "matrix": draw.accuracy_matrix_figure(
-            AccuracyMatrix.from_dict(results["matrix"]), title="Every prefix on every task"
+            DataFrame.from_dict(results["matrix"], "index"), f"Every prefix on every task ({n_matrix_rows} rows)"
         ),
         "prefix_effect": draw.paired_bars(with_prefix, without, groups, title="What a prefix adds"),
         "positions": draw.position_accuracy_figure(with_prefix, title=f"Where the outputs are right ({n_rows} rows)"),
@@ -265,7 +269,7 @@ def draw_figures(run: Path, model: GPT, prefixes: Mapping[str, Prefix], results:
     # What the model looks at while it solves a row, without a prefix and with one.
     name, length, prefix_size = next(iter(prefixes)), config["data"]["length"], config["data"]["prefix_size"]
     data = {key: value for key, value in config["data"].items() if key != "prefix_size"}
-    task = Task.parse(results["matrix"]["tasks"][0])
+    task = Task.parse(name)
     inputs, _ = CustomDataset("test", [task], prefix_padding=prefix_size, **data).rows([0])
     prompt = torch.cat([torch.zeros(1, prefix_size, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
     for label, prefix in (("none", None), (name, prefixes[name])):

@@ -129,7 +129,7 @@ def test_the_table_and_the_command_say_every_result(compared):
     table = results_table(results)
     assert list(table.columns) == list(METHODS)
     for each in results.itertuples():
-        assert table.loc[each.task, each.method] == each.percent == 100 * each.n_correct / 12
+        assert table.loc[each.task, each.method] == 100 * each.accuracy == pytest.approx(100 * each.n_correct / 12)
         assert table.loc["parameters a task", each.method] == each.n_parameters
     names = [argument for task in TASKS for argument in ("--task", str(task))]
     result = CliRunner().invoke(cli, ["compare", "--run", str(folder), *names])

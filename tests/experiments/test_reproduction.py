@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import AccuracyMatrix, Score, bayes_loss
+from mingpt.evaluation import Score, bayes_loss
 from mingpt.experiments import pipeline, presets, reproduction
 from mingpt.experiments.reproduction import EVERY_TASK
 from mingpt.prefix import Prefix, initial_prefix
@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_the_models_on_disk(finished):
     loaded_with, loaded_without = reproduction.scores_of(results)
     assert loaded_with == with_prefix
     assert loaded_without == {name: score for name, score in without.items() if name != reproduction.MIXED}
-    assert AccuracyMatrix.from_dict(results["matrix"]).accuracies.tolist() == matrix.accuracies.tolist()
+    assert results["matrix"] == matrix.map(lambda score: score.accuracy).to_dict("index")
 
 
 def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
