@@ -41,7 +41,7 @@ CHOICES = {
     "compile": (True, False), "progress": ("auto", True, False),
 }  # fmt: skip
 LEAST = {"num_workers": 0, "max_iters": 0, "batch_size": 1, "warmup_iters": 0, "checkpoint_every": 1, "log_every": 1}
-"""The configuration keys that have a few values, and those that are integers, with the least of each."""
+"""The configuration keys that take one of a few values; and those that take an integer, with the least of each."""
 
 
 def check_config(config: CfgNode) -> None:
@@ -114,8 +114,8 @@ class Trainer:
         iter_num: how many iterations are done; during the callbacks of an iteration, its number from 0.
         iter_dt: seconds the last iteration took.
         seconds: what all iterations took, those before a resumption included.
-        cache_key: JSON values that identify the run beside ``describe``, such as a seed; set it before ``run``.
-            A checkpoint is resumed only where all of them are equal.
+        cache_key: JSON values that identify the run beside those of ``describe``, such as a seed; set it before
+            ``run``. A checkpoint is resumed only where all of them are equal.
     """
 
     @staticmethod
@@ -132,7 +132,7 @@ class Trainer:
             lr_schedule: "constant", "linear" or "cosine": how the rate decays over the last decay_fraction of the run.
             warmup_iters: iterations of linear warm-up.
             converged_loss: of prefixes trained together, one whose smoothed loss (nats per scored token) falls below
-                this has converged: it does not change any more, and the others get its rows. 0 is never.
+                this has converged: it does not change any more, and the others get its rows. With 0 none does.
             precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
             compile: pass the model through torch.compile.
             parallel: what each process has of the model: "ddp" all of it (DistributedDataParallel), "fsdp" a shard of
@@ -183,8 +183,6 @@ class Trainer:
         self.optimizer = cast(torch.optim.Optimizer, None)  # made by run
         self.loss: Tensor = torch.tensor(float("nan"))
         self.iter_num, self.iter_time, self.iter_dt, self.seconds = 0, 0.0, 0.0, 0.0
-        self._data_seed = 0
-        self._weight: Tensor | float = 1.0
 
     def add_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
         """Call ``callback(trainer)`` too when the event happens; the event is "on_batch_end"."""
@@ -248,7 +246,7 @@ class Trainer:
         """
         config = self.config
         self.iter_num, self.seconds = 0, 0.0
-        # As minGPT's sampler, it follows set_seed.
+        # It follows set_seed, as minGPT's sampler does.
         self._data_seed = distributed.run_on_main(lambda: int(torch.randint(2**62, ())))
         tensors = [*self.model.parameters(), *self.trained_tensors().values()]
         distributed.broadcast(tensor for tensor in tensors if not isinstance(tensor, DTensor))
@@ -386,7 +384,7 @@ class Trainer:
 
 
 class AdapterTrainer(Trainer):
-    """Trains something beside a frozen model; ``trained_tensors`` says what."""
+    """Trains something beside a frozen model; a subclass says which tensors, in ``trained_tensors``."""
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"model_checksum": checkpoint.checksum(self.model.state_dict())}
