@@ -1,8 +1,8 @@
 """Experiments: pipelines of stages, methods side by side, predictions, and plans of steps.
 
 ``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it from then on;
-``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``predictor`` predicts on all
-processes of a job; ``multistep`` chains prefixes.
+``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``predictor`` predicts on
+all processes of a job; ``multistep`` chains prefixes.
 """
 
 from mingpt.experiments.comparison import compare

@@ -92,9 +92,9 @@ def compare(
         n_parameters: trainable parameters a task, those of an activation prefix in all placeholders by default.
 
     Returns:
-        A row for each method and task, in their order, with the columns method, task, n_parameters (what the task
-        costs), n_trained (more where a reparametrization leaves some behind), seconds (of training; prefixes of several
-        tasks are trained at once, and share the time evenly), n_correct, n_rows and accuracy (the share of test rows solved).
+        A row for each method and task, in their order. Columns: method, task, n_parameters (what the task costs),
+        n_trained (more where a reparametrization leaves some behind), seconds (of training; prefixes that are trained
+        together share the time evenly), n_correct, n_rows and accuracy (the share of test rows solved).
 
     Raises:
         ValueError: for an unknown method, or one that cannot do with so few parameters.

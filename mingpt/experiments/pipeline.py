@@ -92,7 +92,7 @@ def pretrain(
     """
     path = Path(run) / "model.safetensors"
     for part in (config.trainer, config.prefix):
-        check_config(part)
+        check_config(_trainer_config(part, path.parent))
 
     def build() -> GPT:
         set_seed(config.seed)

@@ -90,7 +90,7 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
-                f"the prefix has {adapter.n_positions} positions for {adapter.n_placeholders} placeholders; in PEFT the "
+                f"the prefix has {adapter.n_positions} positions and {adapter.n_placeholders} placeholders; PEFT's "
                 "content comes after all positions, so it cannot be exported"
             )
         values = as_key_value(model, adapter)

@@ -127,7 +127,8 @@ def test_prefixes_of_every_kind_know_it_on_disk(run, tmp_path, forbid_training, 
         assert prefix.kind == kind
         assert prefix.n_prefixes == 1
         assert not torch.equal(prefix.values[0], init)
-    others = [train(init="random"), train(n_positions=2), train(kind="activation" if kind == "prompt" else "prompt")]
+    other_kind = {"kind": "activation" if kind == "prompt" else "prompt", "is_reparametrized": False}
+    others = [train(init="random"), train(n_positions=2), train(**other_kind)]
     assert all(not same(values_of(other), values_of(prefixes)) for other in others)
     forbid_training()
     assert same(values_of(train()), values_of(prefixes))  # what was asked beyond it has not replaced it
