@@ -45,10 +45,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _echo("interrupted; what was saved is kept, and the same command goes on from it", err=True)
         sys.exit(130)
-    except (click.ClickException, ImportError, ValueError, OSError) as error:
-        _echo(f"error: {_message(error)}", err=True)
-    except distributed.MainProcessError:
-        pass  # the main process prints its error itself
+    except (click.ClickException, ImportError, ValueError, OSError, distributed.MainProcessError) as error:
+        _echo(f"error: {_message(error)}", err=True)  # on the main process, also for what failed on another
     sys.exit(2)
 
 
