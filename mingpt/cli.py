@@ -45,10 +45,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         _echo("interrupted; what was saved is kept, and the same command goes on from it", err=True)
         sys.exit(130)
-    except (click.ClickException, ImportError, ValueError, OSError) as error:
-        _echo(f"error: {_message(error)}", err=True)
-    except distributed.OtherProcessError:
-        pass  # the process that failed prints its error itself
+    except (click.ClickException, ImportError, ValueError, OSError, distributed.OtherProcessError) as error:
+        _echo(f"error: {_message(error)}", err=True)  # on the main process, also for what failed on another
     sys.exit(2)
 
 

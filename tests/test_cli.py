@@ -15,7 +15,7 @@ import torch.distributed.run
 from safetensors.torch import load_file
 
 import mingpt.evaluation
-from mingpt import cli
+from mingpt import cli, distributed
 from mingpt.analysis import figures
 from mingpt.decoding import constraints
 from mingpt.experiments import multistep, pipeline
@@ -615,6 +615,15 @@ def test_only_the_main_process_prints_a_mistake_and_none_waits_for_another(tmp_p
         errors.append(done.stderr)
     assert errors[0].startswith("error: unknown task 'Sort'")
     assert errors[1] == ""
+
+
+def test_the_main_process_prints_what_failed_on_another(run, tmp_path, monkeypatch):
+    def pretrain(*_):
+        raise distributed.OtherProcessError("process 1 failed: ValueError: too few rows")
+
+    monkeypatch.setattr(pipeline, "pretrain", pretrain)
+    code, _, err = run("pretrain", "--run", tmp_path / "new", *TINY)
+    assert (code, err) == (2, "error: process 1 failed: ValueError: too few rows\n")
 
 
 def test_torchrun_leaves_the_options_after_two_dashes_alone(run, folder):
