@@ -97,7 +97,7 @@ class Trainer:
             tensorboard_path=None,
             log_every=10,
             progress="auto",
-        ).close(progress=("auto", True, False))
+        ).close(progress=("auto", True, False), converged_loss=None)
 
     def __init__(self, config: CfgNode, model: Any, train_dataset: Any):
         """Move the model to its device and get ready; ``run`` does the work.
