@@ -151,7 +151,7 @@ class Trainer:
             precision="auto", compile=False, parallel="ddp",
             checkpoint_path=None, checkpoint_every=None,
             metrics_path=None, tensorboard_path=None, log_every=10, progress="auto",
-        ).close(progress=("auto", True, False))  # fmt: skip
+        ).close(progress=("auto", True, False), converged_loss=None)  # fmt: skip
 
     def __init__(self, config: CfgNode, model: nn.Module, train_dataset: MapDataset | BatchedDataset):
         """Move the model to its device and get ready; ``run`` does the work.

@@ -98,12 +98,13 @@ class CfgNode:
         self.__dict__["_choices"] = {}
         self.__dict__.update(kwargs)
 
-    def close(self, **choices: Sequence[Any]) -> CfgNode:
+    def close(self, **choices: Sequence[Any] | None) -> CfgNode:
         """Fix the set of keys and their defaults; a new key set after this is warned about.
 
         Args:
             choices: the only values that some keys take, ``close(progress=("auto", True, False))``. Any other key
-                takes values of its default's type, and any value where the default is None.
+                takes values of its default's type, and any value where the default is None. ``close(rate=None)`` says
+                that a key takes None too although its default is something else.
 
         Returns:
             The node itself.
@@ -192,8 +193,8 @@ class CfgNode:
                 raise ValueError(f"expected an override of the form --key=value, got {arg!r}")
             node, leaf = self._find(key[2:])
             default, none_words = node._default(leaf)
-            if leaf in node._choices:
-                value = {str(choice).lower(): choice for choice in node._choices[leaf]}.get(text.lower(), text)
+            if choices := node._choices.get(leaf):
+                value = {str(choice).lower(): choice for choice in choices}.get(text.lower(), text)
             elif text in none_words:
                 value = None
             else:
@@ -238,8 +239,8 @@ class CfgNode:
         """A value of the key's type, None where any will do, and the texts that mean None for this key."""
         value = getattr(self, leaf)
         default = (self._defaults or {}).get(leaf, value)
-        if default is None:
-            return value, ("none", "None")
+        if default is None or self._choices.get(leaf, ()) is None:
+            return value if default is None else default, ("none", "None")
         return default, ("None",) if isinstance(default, str) else ()
 
 
