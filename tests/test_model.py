@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import random_model, reference_forward, reference_loss
 
+from mingpt.kv_cache import KVCache, n_positions
 from mingpt.model import GPT, PRESETS
 from mingpt.training.precision import autocast
 from mingpt.utils import CfgNode, set_seed
@@ -381,6 +382,64 @@ def test_too_many_tokens_are_refused():
     assert model(random_tokens(n_tokens=BLOCK))[0].shape == (B, BLOCK, V)
     with pytest.raises(ValueError, match=r"14 tokens .* block_size = 13"):
         model(random_tokens(n_tokens=BLOCK + 1))
+
+
+@pytest.mark.parametrize(
+    "idx, message",
+    [
+        (torch.zeros(T, dtype=torch.int64), r"shape \(B, T\), got torch.int64 of shape \(11,\)"),
+        (torch.zeros(B, T), "tokens are integers"),
+        (torch.full((B, T), V), f"from 0 to {V - 1} .* got {V} to {V}"),
+        (torch.full((B, T), -1), f"from 0 to {V - 1} .* got -1"),
+    ],
+)
+def test_what_is_no_tokens_is_refused(idx, message):
+    with pytest.raises(ValueError, match=message):
+        random_model()(idx)
+
+
+def test_reading_on_beyond_the_block_is_refused():
+    model, idx = random_model(), random_tokens()
+    _, kv_cache = model.forward_cached(idx)
+    assert model.forward_cached(idx[:, :2], kv_cache)[0].shape == (B, 2, V)
+    with pytest.raises(ValueError, match=r"14 tokens .* block_size = 13"):
+        model.forward_cached(idx[:, :3], kv_cache)
+    with pytest.raises(ValueError, match=r"shape \(B, T\), got \(11,\)"):
+        model.forward_cached(idx[0])
+
+
+def test_a_decode_buffer_gives_what_a_list_of_pieces_gives_and_records_it():
+    """There is one attention path: logits, weights and dropout are the same after either."""
+    model, idx = random_model(), random_tokens()
+    _, pieces = model.forward_cached(idx[:, :6])
+    buffers = [KVCache(layer, B, BLOCK) for layer in pieces]
+    expected, found = [], []
+    for start, end in ((6, 7), (7, 10)):
+        logits, pieces = model.forward_cached(idx[:, start:end], pieces, record=expected)
+        own, buffers = model.forward_cached(idx[:, start:end], buffers, record=found)
+        torch.testing.assert_close(own, logits, atol=1e-5, rtol=1e-5)
+        assert n_positions(buffers) == n_positions(pieces) == end
+    assert [name for name, _ in found] == ["attention", "attn_block_output"] * 2 * L
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_dropout_is_applied_after_a_decode_buffer():
+    set_seed(0)
+    model, idx = random_model(attn_pdrop=0.5).train(), random_tokens()
+    _, pieces = model.forward_cached(idx[:, :6])
+    one, other = (
+        model.forward_cached(idx[:, 6:7], [KVCache(layer, B, BLOCK) for layer in pieces])[0] for _ in range(2)
+    )
+    assert not torch.equal(one, other)
+
+
+def test_a_models_configuration_makes_another_model_like_it():
+    config = GPT.get_default_config()
+    config.merge_from_dict({"model_type": "gpt-nano", "vocab_size": 5, "block_size": 7})
+    model = GPT(config)
+    assert GPT(model.config).config.to_dict() == model.config.to_dict()
+    assert config.model_type == "gpt-nano"
 
 
 def test_nothing_left_after_the_shared_tokens_is_refused():

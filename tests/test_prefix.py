@@ -16,6 +16,7 @@ from mingpt.decoding.generation import beam_search
 from mingpt.prefix import (
     Prefix,
     Reparametrization,
+    as_key_value,
     as_prefix,
     average,
     concatenate,
@@ -514,6 +515,84 @@ def test_interpolation_and_average(kind):
 def test_prefixes_that_do_not_go_together_are_refused(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+@pytest.mark.parametrize("combine", [lambda one, other: interpolate(one, other, 0.5), lambda *both: average(both)])
+def test_interpolation_and_average_keep_rows_and_placeholders(combine):
+    values, rows = random_values("activation", 4).view(2, 2, L, P, C), torch.tensor([1, 0, 1])
+    one, other = (Prefix("activation", each, rows, n_placeholders=2 * P) for each in values)
+    mixed = combine(one, other)
+    assert torch.equal(mixed.rows, rows)
+    assert mixed.n_placeholders == 2 * P
+    with pytest.raises(ValueError, match="same rows"):
+        combine(one, replace(other, rows=rows.flip(0)[[0, 0, 1]]))
+    with pytest.raises(ValueError, match="same rows"):
+        combine(one, replace(other, rows=None))
+    with pytest.raises(ValueError, match="number of placeholders"):
+        combine(one, replace(other, n_placeholders=P))
+
+
+def test_a_concatenation_keeps_rows_and_adds_placeholders_up():
+    values, rows = random_values("key_value", 2), torch.tensor([1, 0, 1])
+    one = Prefix("key_value", values, rows, n_placeholders=2)
+    both = concatenate([one, Prefix("key_value", values, rows)])
+    assert torch.equal(both.rows, rows)
+    assert (both.n_positions, both.n_placeholders) == (2 * P, 2 + P)
+    with pytest.raises(ValueError, match="same rows"):
+        concatenate([one, Prefix("key_value", values)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_initial_prefix_does_not_depend_on_the_models_mode(kind):
+    model = random_model(embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
+    expected = initial_prefix(model, P, kind=kind)
+    model.train()
+    assert torch.equal(initial_prefix(model, P, kind=kind), expected)
+    assert all(module.training for module in model.modules())
+    prompt = random_values("prompt")
+    assert torch.equal(as_key_value(model, prompt), as_key_value(model.eval(), prompt))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda values: Prefix("activation", values.long()), "floating dtype, got torch.int64"),
+        (lambda values: Prefix("activation", values, torch.tensor([0, 2])), r"from 0 to 1, .* got \[0, 2\]"),
+        (lambda values: Prefix("activation", values, torch.tensor([-1, 0])), "from 0 to 1"),
+        (lambda values: Prefix("activation", values, torch.tensor([0.0, 1.0])), "int64 .* got torch.float32"),
+        (lambda values: Prefix("activation", values, torch.zeros(2, 2, dtype=torch.int64)), r"shape \(2, 2\)"),
+        (lambda values: Prefix("activation", values, torch.zeros(2, dtype=torch.int64, device="meta")), "on meta"),
+        (
+            lambda values: random_model()(random_tokens(2), prefixes=values[0].to("meta")),
+            "is on meta, the model on cpu",
+        ),
+        (lambda values: random_model()(random_tokens(2), prefixes=values[0].long()), "floating dtype"),
+    ],
+)
+def test_values_and_rows_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(random_values("activation", 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prefixes_of_some_rows(kind):
+    values = random_values(kind, 3)
+    prefix, indices = Prefix(kind, values, n_placeholders=7), torch.tensor([5, 0, 2])
+    assert prefix.for_rows(indices, 6).rows.tolist() == [2, 0, 1]
+    assert prefix.for_rows(slice(1, 4), 6).rows.tolist() == [0, 1, 1]
+    assert prefix.for_rows(indices, 6).n_placeholders == 7
+    explicit = replace(prefix, rows=torch.tensor([2, 2, 1, 0, 0, 1]))
+    assert explicit.for_rows(indices, 6).rows.tolist() == [1, 2, 1]
+    one = Prefix(kind, values[:1], torch.zeros(6, dtype=torch.int64))
+    one.for_rows(slice(0, 2), 6).check(L, C, 2)
+
+
+def test_prefixes_are_compared_by_identity():
+    """Their tensors have no single truth value."""
+    values = random_values("activation", 2)
+    one = Prefix("activation", values)
+    assert one == one
+    assert one != Prefix("activation", values)
 
 
 # ------------------------------------------------------------------------------------------------------- bfloat16

@@ -96,7 +96,7 @@ def generate(
     numbers = numbers.to(idx.device)
     rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
     tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
-    for step in range(max_new_tokens):
+    for step in range(max_new_tokens if batch else 0):
         chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
             logits = rows.process_logits(rows.next_logits(), forbidden_mass_record)
@@ -113,7 +113,7 @@ def generate(
                 rows.select(goes_on)
             if not len(goes_on):
                 break
-    if activations_record is not None and max_new_tokens:
+    if activations_record is not None and max_new_tokens and batch:
         model(tokens[:, :-1][:, -model.block_size :], prefixes=prefixes, activations_record=activations_record)
     return tokens
 

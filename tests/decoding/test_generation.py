@@ -3,6 +3,8 @@
 Legend: B batch, T tokens of the prompt, P prefix positions, C channels, L layers, V vocabulary.
 """
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,10 @@ from reference import random_model, reference_forward, reference_generate
 
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
-from mingpt.decoding.generation import beam_search, generate
+from mingpt.decoding.generation import beam_search, generate, uniform
 from mingpt.decoding.logits_processors import LogitsProcessor, Temperature
 from mingpt.kv_cache import n_positions
+from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.training.precision import autocast
 
@@ -336,6 +339,137 @@ def test_rows_with_the_same_prompt_are_sampled_independently():
     assert len(tokens.unique(dim=0)) > 50
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**62 + 3, -1])
+def test_draws_are_uniform(seed):
+    """Within a step, across steps, and between neighbouring rows: the 99.9% quantile is 149.4 for 99 degrees."""
+    numbers = torch.arange(20_000)
+    first, second = uniform(seed, 0, numbers), uniform(seed, 1, numbers)
+    assert first.dtype == torch.float64
+    assert first.min() >= 0
+    assert first.max() < 1
+    strided = uniform(seed, 0, numbers * 2**40)
+    of_steps = torch.stack([uniform(seed, step, numbers[:200]) for step in range(100)]).flatten()
+    for draws in (first, second, strided, of_steps):
+        counts = torch.histc(draws, 100, 0, 1)
+        assert ((counts - 200) ** 2 / 200).sum() < 149.4
+    for one, other in ((first[:-1], first[1:]), (first, second), (first, uniform(seed + 1, 0, numbers))):
+        cells = (one * 10).long() * 10 + (other * 10).long()
+        counts = torch.bincount(cells, minlength=100)
+        assert ((counts - len(cells) / 100) ** 2 / (len(cells) / 100)).sum() < 149.4
+
+
+def test_draws_are_those_of_splitmix64():
+    """In Python's integers; 0xE220A8397B1DCDAF is the published first output of seed 0."""
+
+    def splitmix(seed, number):
+        mask = 2**64 - 1
+        z = seed + (number + 1) * 0x9E3779B97F4A7C15 & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        return z ^ z >> 31
+
+    assert splitmix(0, 0) == 0xE220A8397B1DCDAF
+    numbers = [0, 1, 5, 10**9, 2**62]
+    for seed, step in ((0, 0), (3, 2), (2**63 + 5, 100)):
+        expected = [(splitmix(splitmix(seed, step), number) >> 11) / 2**53 for number in numbers]
+        assert uniform(seed, step, torch.tensor(numbers)).tolist() == expected
+
+
+def test_distant_row_numbers_cost_nothing():
+    """Memory does not grow with their distance: 8 GB would be needed for all numbers in between."""
+    model, prompts = random_model(std=0.1), random_prompts(n_rows=2)
+    together = model.generate(prompts, 3, do_sample=True, seed=1, row_numbers=[0, 10**12])
+    alone = model.generate(prompts[1:], 3, do_sample=True, seed=1, row_numbers=[10**12])
+    assert torch.equal(together[1:], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "prefixes": torch.zeros(L, P, C)}])
+def test_zero_rows_are_continued_too(options):
+    prompts = random_prompts()[:0]
+    assert random_model().generate(prompts, N_NEW, **options).shape == (0, T + N_NEW)
+
+
+def test_temperature_zero_is_greedy():
+    model, prompts = random_model(std=0.1), random_prompts()
+    greedy = model.generate(prompts, N_NEW)
+    assert torch.equal(model.generate(prompts, N_NEW, temperature=0, do_sample=True, seed=1), greedy)
+    assert torch.equal(model.generate(prompts, N_NEW, temperature=0), greedy)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_that_names_row_and_step(options, value):
+    def spoil(tokens, logits):
+        if tokens.shape[1] == T + 2:
+            logits[1, 3] = value
+        return logits
+
+    model, prompts = random_model(), random_prompts()
+    if value == float("inf") and not options:  # the likeliest token is plain
+        assert model.generate(prompts, N_NEW, logits_processors=[spoil])[1, T + 2] == 3
+        return
+    with pytest.raises(ValueError, match=r"no likeliest token, but (nan|inf), in row 1 at step 2"):
+        model.generate(prompts, N_NEW, logits_processors=[spoil], **options)
+
+
+def test_weights_that_are_not_numbers_are_an_error_and_no_token():
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight[2, 0] = float("nan")
+    with pytest.raises(ValueError, match="row 0 at step 0"):
+        model.generate(random_prompts(), N_NEW)
+    with pytest.raises(ValueError, match="row 0 at step 0"):
+        beam_search(model, random_prompts(), N_NEW, 3)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.zeros(T, dtype=torch.int64), r"shape \(B, T\), got torch.int64 of shape \(8,\)"),
+        (torch.zeros(B, T), "tokens are integers .* got torch.float32"),
+        (torch.full((B, T), V), f"from 0 to {V - 1} .* got {V} to {V}"),
+        (torch.full((B, T), -1), f"from 0 to {V - 1} .* got -1 to -1"),
+    ],
+)
+def test_prompts_that_are_no_tokens_are_refused(tokens, message):
+    for use in (lambda: random_model().generate(tokens, 2), lambda: beam_search(random_model(), tokens, 2, 2)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_prefix_with_explicit_rows_follows_rows_that_leave(kind):
+    """Rows end at different steps, and the window moves."""
+    model, prompts = random_model(), random_prompts(n_rows=9, seed=4)
+    values = random_values(kind, 1)
+    options = {"do_sample": True, "seed": 1, "stop_token": 3}
+    expected = model.generate(prompts, 15, prefixes=Prefix(kind, values), **options)
+    rows = torch.zeros(9, dtype=torch.int64)
+    assert (expected == 3).any()
+    assert torch.equal(model.generate(prompts, 15, prefixes=Prefix(kind, values, rows), **options), expected)
+
+
+def test_in_training_mode_equal_rows_have_dropout_masks_of_their_own():
+    torch.manual_seed(0)
+    model, prompt = random_model(embd_pdrop=0.5).train(), random_prompts(n_rows=1)
+    seen = []
+
+    def watch(_, logits):
+        seen.append(logits)
+        return logits
+
+    model.generate(prompt.expand(4, -1), 1, logits_processors=[watch])
+    assert len(seen[0].unique(dim=0)) == 4
+
+
+def test_the_signature_names_every_option():
+    names = list(inspect.signature(GPT.generate).parameters)
+    first = ["idx", "max_new_tokens", "temperature", "do_sample", "top_k"]
+    assert names[1:9] == [*first, "prefixes", "activations_record", "logits_processors"]
+    assert {"seed", "generator", "row_numbers", "stop_token", "forbidden_mass_record"} <= set(names)
+    assert "temperature" in (GPT.generate.__doc__ or "")
+
+
 # ---------------------------------------------------------------------------------------------------- stop token
 
 
@@ -553,6 +687,13 @@ def test_a_beam_that_has_ended_keeps_its_score():
     tokens, found = beam_search(model, prompts, 3, V**2, stop_token=stop)
     torch.testing.assert_close(found[:, :5], best.values, atol=1e-4, rtol=1e-4)
     assert torch.equal(tokens[:, :5, T:], kept[best.indices])
+
+
+def test_without_new_tokens_there_is_one_beam():
+    prompts = random_prompts()
+    tokens, scores = beam_search(random_model(), prompts, 0, 3)
+    assert torch.equal(tokens, prompts[:, None].expand(-1, 3, -1))
+    assert scores.tolist() == [[0.0, float("-inf"), float("-inf")]] * B
 
 
 def test_no_beams_are_refused():
