@@ -190,20 +190,10 @@ class GPT(nn.Module):
         CPU. ``init`` is "gpt2", or "zero_residual": each block begins as the identity, since the projections into the
         residual stream are zero (Goyal et al. 2017), and what feeds them keeps the variance (LeCun et al. 1998).
         """
-        return CfgNode(
-            model_type="gpt",
-            n_layer=None,
-            n_head=None,
-            n_embd=None,
-            vocab_size=None,
-            block_size=None,
-            embd_pdrop=0.1,
-            resid_pdrop=0.1,
-            attn_pdrop=0.1,
-            skip_layer_norm=False,
-            gelu_approximate="tanh",
-            init="gpt2",
-        ).close()
+        sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size", "block_size"))
+        dropouts = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.1)
+        others = {"skip_layer_norm": False, "gelu_approximate": "tanh", "init": "gpt2"}
+        return CfgNode(model_type="gpt", **sizes, **dropouts, **others).close()
 
     def __init__(self, config: CfgNode):
         """Build the model with random weights.

@@ -391,6 +391,17 @@ def test_a_prefix_that_is_longer_than_the_padding_is_refused():
         evaluate(model, dataset, torch.randn(2, P + 1, 24), n_rows=2)
 
 
+def test_one_prefix_with_explicit_rows_serves_more_rows_than_a_batch():
+    model, inputs = random_model(block_size=13), np.arange(28).reshape(7, 4) % 11
+    values, rows = (
+        torch.randn(1, 2, 3, 24, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(7, dtype=torch.int64),
+    )
+    options = {"prefix_padding": 3, "batch_size": 3, "precision": "float32"}
+    explicit = predict(model, inputs, prefixes=Prefix("activation", values, rows), **options)
+    assert np.array_equal(explicit, predict(model, inputs, prefixes=values[0], **options))
+
+
 def test_logits_processors_reach_the_model(half_trained):
     model, dataset = half_trained
 

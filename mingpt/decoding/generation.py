@@ -263,14 +263,10 @@ class Decoding:
         if is_stuck.any():
             row = int(is_stuck.nonzero()[0])
             so_far = self.tokens[row, self.context.n_prompt :].tolist()
-            what, why = (
-                ("nothing may follow", "the processors forbid every token")
-                if best[row].isneginf()
-                else (f"the logits have no likeliest token, but {best[row]},", "weights or processors are not finite")
-            )
+            why = "the processors forbid every token" if best[row].isneginf() else f"its best logit is {best[row]}"
             raise ValueError(
-                f"{what} in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}. Their states: "
-                + describe_row(self.processors, self._states, row, len(best))
+                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}. The "
+                f"processors' states: {describe_row(self.processors, self._states, row, len(best))}"
             )
 
     def single_choice(self) -> Tensor | None:
