@@ -26,7 +26,7 @@ from mingpt.decoding.automata import DFA, PDA
 from mingpt.decoding.constraints import MultisetConstraint, PushdownConstraint, RegularConstraint
 from mingpt.decoding.generation import generate
 from mingpt.decoding.logits_processors import Context, LogitsProcessor
-from mingpt.experiments import pipeline, reproduction
+from mingpt.experiments import pipeline, presets
 
 EXPRESSION = "[1-10]* (2|3)+ [4-12]*"
 """Over the laptop preset's tokens; it forces nothing, so that no step of the model is skipped."""
@@ -71,7 +71,7 @@ def step_of(processor: LogitsProcessor, n_rows: int, vocab_size: int, n_new: int
 
 def in_a_decode(rounds: int, constraint: RegularConstraint) -> None:
     """How much longer the laptop preset takes to generate ten tokens for 100 rows."""
-    model = pipeline.build_model(reproduction.get_default_config("laptop")).eval()
+    model = pipeline.build_model(presets.get_default_config("laptop")).eval()
     prompts = torch.randint(1, 11, (100, 20))
     works = {"free": [], "constrained": [constraint]}
     times: dict[str, list[float]] = {name: [] for name in works}

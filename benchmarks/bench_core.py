@@ -40,7 +40,7 @@ from reference import ReferenceLoop, reference_generate, reference_rows
 
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix, predict
-from mingpt.experiments import pipeline, reproduction
+from mingpt.experiments import pipeline, presets
 from mingpt.prefix import initial_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
 from mingpt.trainer import PrefixTrainer, Trainer
@@ -87,7 +87,7 @@ def main() -> None:
 
 def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     """Yield each measurement's name, and the work of the package and of each peer, for the laptop preset."""
-    config = reproduction.get_default_config("laptop")
+    config = presets.get_default_config("laptop")
     config.trainer.precision = config.prefix.precision = precision
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
     mixed = pipeline.dataset(config, "train", PRETRAINING_TASKS)
@@ -158,7 +158,7 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
 
 def full_matrix(precision: str, n_rows: int = 3200) -> float:
     """Seconds of scoring the model without a prefix and with each of sixteen on all sixteen tasks, once."""
-    config = reproduction.get_default_config("laptop")
+    config = presets.get_default_config("laptop")
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
     model = pipeline.build_model(config)
     prefixes = {str(task): initial_prefix(model, config.data.prefix_size, "random").detach() for task in tasks}

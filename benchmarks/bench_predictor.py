@@ -20,7 +20,7 @@ import torch
 from mingpt import distributed
 from mingpt.experiments.pipeline import build_model
 from mingpt.experiments.predictor import Predictor
-from mingpt.experiments.reproduction import get_default_config
+from mingpt.experiments.presets import get_default_config
 from mingpt.prefix import initial_prefix
 
 LENGTH, PADDING = 10, 10

@@ -26,7 +26,7 @@ import torch.distributed.tensor
 
 from mingpt import distributed, tasks
 from mingpt.datasets import CustomDataset
-from mingpt.experiments import multistep, reproduction
+from mingpt.experiments import multistep, presets, reproduction
 from mingpt.experiments.predictor import Predictor
 from mingpt.model import GPT
 from mingpt.trainer import PrefixTrainer, Trainer
@@ -236,7 +236,7 @@ def train(folder: Path, kind: str, n_iters: int, end: int | None = None, **chang
 
 def evaluate(folder: Path) -> dict:
     """The scores of a run's model and prefixes in another folder, which are shared out."""
-    config = reproduction.get_default_config("smoke")
+    config = presets.get_default_config("smoke")
     for key, value in {
         "model.n_embd": 8,
         "trainer.max_iters": 2,

@@ -210,7 +210,7 @@ def test_an_override_of_another_type_is_one_line_and_changes_nothing(argument, e
 
 
 def test_the_defaults_of_the_package_are_typed():
-    from mingpt.experiments.reproduction import get_default_config
+    from mingpt.experiments.presets import get_default_config
 
     config = get_default_config()
     config.merge_from_args(["--model.skip_layer_norm=false", "--trainer.compile=false", "--trainer.progress=false"])

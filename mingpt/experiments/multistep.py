@@ -198,6 +198,10 @@ def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[Any]
     return prompts
 
 
+def _collate(prompts: list[Any]) -> Tensor:
+    return torch.from_numpy(np.array(prompts, dtype=np.int64))
+
+
 def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
     def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[list[int]]:
         with autocast(precision, model.device):
@@ -215,9 +219,7 @@ def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
     def outputs(rows: list[list[int]]) -> list[Any]:
         return rows if step.output_fn is None else list(map(step.output_fn, rows))
 
-    return Predictor(
-        partial(torch.tensor, dtype=torch.int64), generate, outputs, model=model, seed=derived_seed(seed, step.name)
-    )
+    return Predictor(_collate, generate, outputs, model=model, seed=derived_seed(seed, step.name))
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans

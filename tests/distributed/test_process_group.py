@@ -14,7 +14,7 @@ from distributed_script import run_job
 from mingpt import distributed
 from mingpt.distributed import process_group, sharding
 from mingpt.experiments.pipeline import build_model
-from mingpt.experiments.reproduction import get_default_config
+from mingpt.experiments.presets import get_default_config
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
