@@ -121,7 +121,7 @@ def _results(
 ) -> dict[str, dict[str, Any]]:
     """What one method comes to on each task: read where it is there, and fitted where it is not."""
     budget = config.copy()
-    budget.prefix.merge_from_dict({"converged_loss": None, "learning_rate": method.learning_rate})
+    budget.prefix.merge_from_dict({"converged_loss": 0.0, "learning_rate": method.learning_rate})
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):
         found, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], run)

@@ -93,6 +93,9 @@ def pretrain(
     path = Path(run) / "model.safetensors"
     for part in (config.trainer, config.prefix):
         check_config(_trainer_config(part, path.parent))
+    for name in ("n_rows", "n_matrix_rows"):
+        if config.evaluation.to_dict()[name] < 1:
+            raise ValueError(f"evaluation.{name} must be at least 1, got {config.evaluation.to_dict()[name]}")
 
     def build() -> GPT:
         set_seed(config.seed)
@@ -285,7 +288,7 @@ def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Pref
     model, description = load_model(Path(run) / "model.safetensors", resolve_device(device))
     data = description.get("cache_key", {}).get("data")
     if data is None:
-        raise ValueError(f"{run}/model.safetensors does not say what data it was trained on; pretrain it with a run")
+        raise ValueError(f"{run}/model.safetensors was saved without a description of its data; pretrain it as a run")
     return model, load_prefixes(Path(run) / "prefixes", model), description | {"data": data}
 
 

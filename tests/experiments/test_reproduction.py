@@ -241,7 +241,7 @@ def test_a_prefix_comes_back_with_its_kind_and_placeholders(tmp_path):
         assert torch.equal(back.values, prefix.values)
     assert list(weights.load_prefixes(tmp_path, model)) == ["A+B", "B", "C"]
     weights.save_model(tmp_path / "model.safetensors", model)
-    with pytest.raises(ValueError, match="does not say what data"):
+    with pytest.raises(ValueError, match="without a description of its data"):
         pipeline.load_run(tmp_path)
 
 
