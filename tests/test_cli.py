@@ -192,7 +192,7 @@ def test_a_prefix_of_another_kind_is_made_beside_the_first(run, copy):
     assert code == 0, err
     assert (copy / "prefixes" / "Add1.safetensors").read_bytes() == before
     (path,) = (copy / "prefixes").glob("Add1-*.safetensors")
-    assert [list(tensor.shape) for tensor in load_file(path).values()] == [[10, 8]]
+    assert [list(tensor.shape) for tensor in load_file(path).values()] == [[1, 10, 8]]
     code, out, err = run("eval", path.stem, "--rows", 3)
     assert code == 0, err
     assert out.startswith(f"{path.stem} ")
