@@ -96,8 +96,8 @@ class Case:
         s, n_tokens = self.sizes, 2 * self.sizes["L"] - 1
         matrices = 12 * s["width"] ** 2 * s["batch"] * n_tokens
         attention = 2 * s["width"] * s["batch"] * n_tokens * (n_tokens + s["P"])
-        past = 2 * s["width"] ** 2 * s["P"] * s["K"] if self.kind == "prefix" else 12 * s["width"] ** 2 * s["P"]
-        return s["depth"] * float(matrices + attention + past)
+        cached = 2 * s["width"] ** 2 * s["P"] * s["K"] if self.kind == "prefix" else 12 * s["width"] ** 2 * s["P"]
+        return s["depth"] * float(matrices + attention + cached)
 
 
 def main() -> None:

@@ -270,7 +270,7 @@ def check_processor_laws(
     random = torch.Generator().manual_seed(seed)
     if prompts is None:
         prompts = torch.randint(vocab_size, (5, 8), generator=random)
-    assert len(prompts.unique(dim=0)) == len(prompts) > 1, "the laws need different rows"
+    assert len(prompts.unique(dim=0)) == len(prompts) > 1, "the properties need different rows"
     logits = 3 * torch.randn(n_new, len(prompts), vocab_size, generator=random)
     tokens, processed, _ = whole = drive(processor, prompts, logits)
     check_rows_are_independent(processor, prompts, logits, whole)

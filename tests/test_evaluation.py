@@ -220,7 +220,7 @@ def test_by_position_tells_where_the_mistakes_are(wrong):
 
 
 def test_the_rows_are_the_datasets_first_ones():
-    """Counted from 0, and as many as are asked for, even past the dataset's size."""
+    """Counted from 0, and as many as are asked for, even beyond the dataset's size."""
     for seed in (0, 1):
         dataset = make_dataset(Add1(), seed=seed, size=20)
         for n_rows in (1, 20, 77):

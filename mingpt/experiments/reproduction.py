@@ -203,24 +203,22 @@ def results_table(results: Mapping[str, Any]) -> DataFrame:
     """
     import pandas as pd
 
-    def percent(score: Mapping[str, Any] | None) -> float:
-        return 100 * score["accuracy"] if score else float("nan")
+    rows = pd.DataFrame.from_dict({**results["tasks"], MIXED: {"without": results["mixed"]}}, "index")
 
-    rows = {
-        name: {
-            "group": row["group"],
-            "without prefix": percent(row["without"]),
-            "published, without": PUBLISHED["without"].get(name),
-            "with its prefix": percent(row["with"]),
-            "low": 100 * row["with"]["confidence_interval"][0],
-            "high": 100 * row["with"]["confidence_interval"][1],
-            "published, with": PUBLISHED["with"].get(name),
-            "as a chain": percent(row["chain"]),
-        }
-        for name, row in results["tasks"].items()
+    def percent(kind: str, of: Callable[[Mapping[str, Any]], float] = lambda score: score["accuracy"]) -> Any:
+        return rows[kind].map(lambda score: 100 * of(score) if isinstance(score, Mapping) else float("nan"))
+
+    columns = {
+        "group": rows["group"],
+        "without prefix": percent("without"),
+        "published, without": pd.Series(PUBLISHED["without"]),
+        "with its prefix": percent("with"),
+        "low": percent("with", lambda score: score["confidence_interval"][0]),
+        "high": percent("with", lambda score: score["confidence_interval"][1]),
+        "published, with": pd.Series(PUBLISHED["with"]),
+        "as a chain": percent("chain"),
     }
-    mixed = {"without prefix": percent(results["mixed"]), "published, without": PUBLISHED["without"][MIXED]}
-    return pd.DataFrame.from_dict({**rows, MIXED: mixed}, orient="index")
+    return pd.DataFrame(columns, index=rows.index)
 
 
 def format_table(results: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 import mingpt
 from mingpt import distributed
@@ -167,34 +168,18 @@ def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: s
     module.load_state_dict(dict(tensors))
 
 
-def flatten_state(state: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
-    """Separate nested dictionaries and lists into tensors by name and a JSON skeleton that refers to them."""
-    tensors: dict[str, Tensor] = {}
-
-    def walk(node: Any, name: str) -> Any:
-        if isinstance(node, Tensor):
-            while name in tensors:  # two paths may spell the same name, such as {"a": {"b": t}, "a.b": u}
-                name += "_"
-            tensors[name] = node
-            return {"tensor": name}
-        if isinstance(node, Mapping):
-            return {"items": [[key, walk(value, f"{name}.{key}")] for key, value in node.items()]}
-        if isinstance(node, list | tuple):
-            return {"list": [walk(value, f"{name}.{place}") for place, value in enumerate(node)]}
-        return {"value": node}
-
-    return tensors, walk(state, prefix)
+def flatten_state(state: Any, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Separate nested dictionaries, lists and tuples into tensors, named ``<prefix>.<number>``, and JSON."""
+    leaves, spec = tree_flatten(state)
+    tensors = {f"{prefix}.{number}": leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return tensors, {"spec": treespec_dumps(spec), "leaves": others, "prefix": prefix}
 
 
-def unflatten_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo ``flatten_state``; tuples come back as lists."""
-    if "tensor" in skeleton:
-        return tensors[skeleton["tensor"]]
-    if "items" in skeleton:
-        return {key: unflatten_state(value, tensors) for key, value in skeleton["items"]}
-    if "list" in skeleton:
-        return [unflatten_state(value, tensors) for value in skeleton["list"]]
-    return skeleton["value"]
+def unflatten_state(skeleton: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Undo ``flatten_state``."""
+    leaves = [tensors.get(f"{skeleton['prefix']}.{n}", leaf) for n, leaf in enumerate(skeleton["leaves"])]
+    return tree_unflatten(leaves, treespec_loads(skeleton["spec"]))
 
 
 def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:

@@ -1,4 +1,4 @@
-"""Grammars by llguidance: they keep the laws, and agree with the automata on regular languages."""
+"""Grammars by llguidance: they keep the properties, and agree with the automata on regular languages."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Logits processors: each keeps the laws, is what transformers has by that name, and the loop threads its state.
+"""Logits processors: each keeps the properties, is what transformers has by that name, and the loop threads its state.
 
 Legend: B batch, T tokens of the prompt, V vocabulary.
 """

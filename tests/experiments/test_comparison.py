@@ -45,7 +45,7 @@ def test_methods_train_as_many_parameters_as_a_prefix_at_most(compared):
         unit = per_unit.get(name.removesuffix("-mlp") if name.startswith("key") else name, 16)
         assert number % unit == 0
         assert number <= budget
-        if name != "prompt":  # it has no more places
+        if name != "prompt":  # the input has no more placeholders
             assert number > budget - unit
     assert n_parameters["prompt"] == 10 * 8
     assert ((results["n_trained"] > results["n_parameters"]) == (results["method"] == "key_value-mlp")).all()

@@ -253,7 +253,7 @@ def test_nothing_is_left_to_guess_about_a_single_task():
     assert bayes_loss(CustomDataset("test", [Add1(), InverseBinary()]), 100) == 0.0  # their rows differ
 
 
-def test_the_best_loss_is_that_of_bayes_rule_row_by_row():
+def test_the_bayes_loss_is_that_of_bayes_rule_row_by_row():
     tasks = [SortAscending(), SortDescending(), Add1(), SortAscending()]
     dataset = CustomDataset("test", tasks, length=3, num_digits=4)
     inputs, solutions = dataset.rows(range(200))

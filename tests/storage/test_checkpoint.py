@@ -254,7 +254,7 @@ def test_a_changed_byte_anywhere_is_noticed(tmp_path, intact, part, mask):
         except Exception as error:
             around = bytes(damaged[max(0, place - 12) : place + 12])
             wrong.setdefault(type(error).__name__, []).append((place, around))
-    assert not wrong, {name: (len(places), places[:5]) for name, places in wrong.items()}
+    assert not wrong, {name: (len(offsets), offsets[:5]) for name, offsets in wrong.items()}
 
 
 def test_a_file_cut_off_anywhere_is_noticed(tmp_path, intact):
