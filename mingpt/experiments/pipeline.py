@@ -17,6 +17,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,10 @@ def train_prefixes(
     Returns:
         The prefixes by task, and how many seconds the training took.
     """
-    folder, tasks = Path(run) / name, list(tasks)
+    folder, tasks, model_hash = Path(run) / name, list(dict.fromkeys(tasks)), weights_hash(model)
     size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
     inits = list(init) if isinstance(init, Tensor) and init.ndim > N_AXES[kind] else [init] * len(tasks)
-    shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": weights_hash(model)}
+    shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": model_hash}
     # Where a converged prefix gives its rows to the others, each depends on which were trained with it.
     shared["trained_with"] = [str(task) for task in tasks] if config.prefix.converged_loss else None
     keys = {
@@ -218,7 +219,8 @@ def train_prefixes(
                 save_prefix(paths[each], Prefix(kind, value[None]), model, **about)
 
         _train(trainer, {"prefixes": own_keys}, save)
-    found = {each: cached(paths[each], keys[each], _nothing, lambda path: load_prefix(path, model)) for each in keys}
+    load = partial(load_prefix, model=model, model_hash=model_hash)
+    found = {each: cached(paths[each], keys[each], _nothing, load) for each in keys}
     # The prefixes of one training share its time.
     seconds = {description["training"]: description["metrics"]["seconds"] for _, description in found.values()}
     return {each: prefix for each, (prefix, _) in found.items()}, sum(seconds.values())

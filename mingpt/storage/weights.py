@@ -65,8 +65,13 @@ def save_prefix(path: str | Path, prefix: Tensor | Prefix, model: GPT, **descrip
     save_checkpoint(path, {"values": prefix.values}, own | {"model": weights_hash(model)} | description)
 
 
-def load_prefix(path: str | Path, model: GPT) -> tuple[Prefix, dict[str, Any]]:
+def load_prefix(path: str | Path, model: GPT, model_hash: str | None = None) -> tuple[Prefix, dict[str, Any]]:
     """Read a prefix, on the model's device, and its description.
+
+    Args:
+        path: the file.
+        model: that the prefix is for.
+        model_hash: the hash of the model's weights, where the caller has it already.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -80,13 +85,14 @@ def load_prefix(path: str | Path, model: GPT) -> tuple[Prefix, dict[str, Any]]:
         prefix.check(model.config.n_layer, model.config.n_embd, prefix.n_prefixes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: it does not hold a prefix for this model: {error}") from None
-    require_equal(path, "model", description.get("model"), weights_hash(model))
+    require_equal(path, "model", description.get("model"), model_hash or weights_hash(model))
     return prefix, description
 
 
 def load_prefixes(folder: str | Path, model: GPT) -> dict[str, Prefix]:
     """Read every prefix of a folder, ``<name>.safetensors`` each, by name."""
-    return {path.stem: load_prefix(path, model)[0] for path in sorted(Path(folder).glob("*.safetensors"))}
+    paths, model_hash = sorted(Path(folder).glob("*.safetensors")), weights_hash(model)
+    return {path.stem: load_prefix(path, model, model_hash)[0] for path in paths}
 
 
 def save_lora(path: str | Path, lora: LoRA, model: GPT, **description: Any) -> None:
