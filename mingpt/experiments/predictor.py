@@ -152,12 +152,9 @@ class Predictor:
             done.update(other)
         predictions = [done[index] for index in range(len(examples))]
 
-        def finish() -> None:
-            if path is not None and parts is not None:
-                write_atomic(path, _lines(predictions))
-                shutil.rmtree(parts)
-
-        distributed.run_on_main(finish)
+        if path is not None and parts is not None:
+            distributed.run_on_main(lambda: write_atomic(path, _lines(predictions)))
+            distributed.run_on_main(lambda: shutil.rmtree(parts))
         return predictions
 
     def _set_up(self) -> tuple[int, int, bool]:

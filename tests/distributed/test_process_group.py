@@ -141,7 +141,7 @@ def test_an_exception_on_any_process_ends_all_of_them(tmp_path, who, where):
 
 @pytest.mark.slow
 def test_a_runs_scores_do_not_depend_on_the_number_of_processes(tmp_path):
-    """One process trains; others find the model and the prefixes, and share out the evaluation."""
+    """One process trains; others find the model and the prefixes, and share the evaluation."""
     alone = run_job("evaluate", 1, tmp_path)
     (tmp_path / "run" / "results.json").unlink()
     together = run_job("evaluate", 3, tmp_path)
@@ -153,7 +153,7 @@ def test_torchrun_reproduces(tmp_path):
     sizes = {"model.n_embd": 8, "trainer.max_iters": 2, "prefix.max_iters": 2, "prefix.batch_size": 2}
     sizes |= {"evaluation.n_rows": 10, "evaluation.n_matrix_rows": 5}
     settings = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
-    command = [*TORCHRUN, "-m", "mingpt", "reproduce", "--preset", "smoke", "--out", str(tmp_path / "run"), *settings]
+    command = [*TORCHRUN, "-m", "mingpt", "--", "reproduce", "--preset", "smoke", "--run", str(tmp_path / "run"), *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all seven mixed") == 1  # one process prints
@@ -177,9 +177,10 @@ def test_torchrun_predicts_what_one_process_predicts(tmp_path):
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     data = CustomDataset("test", [SortAscending(), Add1()], prefix_padding=10)
-    weights.save_model(tmp_path / "model.safetensors", model, data=data.describe())
-    prefixes = {name: initial_prefix(model, 10, "random").detach() for name in ("SortAscending", "Add1")}
-    weights.save_prefixes(tmp_path / "prefixes.safetensors", prefixes, model)
+    weights.save_model(tmp_path / "run" / "model.safetensors", model, cache_key={"data": data.describe()})
+    for name in ("SortAscending", "Add1"):
+        prefix = initial_prefix(model, 10, "random").detach()
+        weights.save_prefix(tmp_path / "run" / "prefixes" / f"{name}.safetensors", prefix, model)
     rows = tmp_path / "in.jsonl"
     rows.write_text("".join(f"{row}\n" for row in data.rows(range(7))[0].tolist()))
     for number, words in enumerate(
@@ -188,8 +189,8 @@ def test_torchrun_predicts_what_one_process_predicts(tmp_path):
         outputs, printed = [], []
         for start in ([sys.executable], TORCHRUN):
             output = tmp_path / f"out{number}{len(outputs)}.jsonl"
-            command = [*start, "-m", "mingpt", words[0], str(rows), str(output), *words[1:]]
-            command += ["--from", str(tmp_path), "--batch-size", "2"]
+            command = [*start, "-m", "mingpt", "--", words[0], str(rows), str(output), *words[1:]]
+            command += ["--run", str(tmp_path / "run"), "--batch-size", "2"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, done.stderr
             outputs.append(output.read_bytes())
