@@ -224,12 +224,7 @@ class CompositeTask(Task):
         self._tasks = tuple(simple for task in tasks for simple in task.tasks)
         self.has_repeats = self._tasks[0].has_repeats
         # Judged for every number of digits and every length at once, so a task means the same wherever it is used.
-        values = self.input_values(num_digits=UNBOUNDED)
-        for before, task in zip(("the input", *self._tasks), self._tasks, strict=False):
-            try:
-                values = task.output_values(values, length=UNBOUNDED)
-            except ValueError as reason:
-                raise ValueError(f"{self} is not defined: after {before}, {task} cannot follow, {reason}") from None
+        self.output_values(self.input_values(num_digits=UNBOUNDED), length=UNBOUNDED)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -244,8 +239,11 @@ class CompositeTask(Task):
         return self._tasks[0].input_values(num_digits)
 
     def output_values(self, values: Values, length: int) -> Values:
-        for task in self._tasks:
-            values = task.output_values(values, length)
+        for before, task in zip(("the input", *self._tasks), self._tasks, strict=False):
+            try:
+                values = task.output_values(values, length)
+            except ValueError as reason:
+                raise ValueError(f"{self} is not defined: after {before}, {task} cannot follow, {reason}") from None
         return values
 
     def is_defined(self, x: np.ndarray) -> np.ndarray:
