@@ -348,10 +348,8 @@ def eval(  # noqa: A001 (the seed notebook's name)
         The number of rows answered exactly, a scalar tensor of float32.
 
     Raises:
-        ValueError: if ``max_batches`` is less than 1, or as ``evaluate`` does.
+        ValueError: as ``evaluate`` does, also for ``max_batches`` below 1.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, or None for all of the dataset, got {max_batches}")
     if device is not None:
         model.to(device)
     n_rows = len(dataset) if max_batches is None else min(100 * max_batches, len(dataset))

@@ -381,10 +381,8 @@ class _DividesByArgument(Task):
     def is_defined(self, x):
         return x[..., 0] > 0
 
-    @staticmethod
-    def _remainder(x):
-        argument = x[..., :1]
-        return x % np.where(argument > 0, argument, 1)
+    def _remainder(self, x):
+        return x % np.maximum(x[..., :1], 1)
 
 
 class Modulo(_DividesByArgument):

@@ -602,7 +602,7 @@ def test_eval_prints_the_score_and_returns_the_count(capsys, arguments, n_rows):
 
 @pytest.mark.parametrize("max_batches", [0, -1])
 def test_eval_of_no_batches_is_refused(max_batches):
-    with pytest.raises(ValueError, match=f"max_batches must be at least 1.*got {max_batches}"):
+    with pytest.raises(ValueError, match=f"n_rows must be at least 1, got {100 * max_batches}"):
         eval(FakeModel(Add1()), make_dataset(Add1()), max_batches=max_batches)
 
 

@@ -97,9 +97,8 @@ def attention_visualization(
         ax.spines[:].set_visible(False)
     grid[0, 0].set_ylim(n_tokens, 0)
     _label_tokens(grid, list(map(str, tokens)), edges, cell)
-    fontsize = max(9, 0.65 * figure.get_figwidth())
-    figure.supxlabel("attended token", fontsize=fontsize)
-    figure.supylabel("attending token", fontsize=fontsize)
+    figure.supxlabel("attended token")
+    figure.supylabel("attending token")
     label = "attention, rescaled" if ignore_and_rescale_prefix else "attention"
     shrink, pad = min(1.0, 2.5 / (n_layers * panel)), 0.15 / figure.get_figwidth()
     _tidy(figure.colorbar(mesh, ax=grid, label=label, shrink=shrink, pad=pad, anchor=(0, 1)).ax)
@@ -130,17 +129,16 @@ def _label_tokens(grid: np.ndarray, tokens: Sequence[str], edges: Sequence[int],
     step = math.ceil(_MIN_FONT / per_cell)  # long rows have a label at every step-th token
     fontsize = min(8.0, step * per_cell)
     labelled = range(edges[1], len(tokens), step)
-    spans = zip(("prefix", "input", "output"), edges, edges[1:], strict=False)
-    groups = {name: (start + end) / 2 for name, start, end in spans if end > start}
+    groups = [("prefix", *edges[0:2]), ("input", *edges[1:3]), ("output", *edges[2:4])]
+    middles = {name: (start + end) / 2 for name, start, end in groups if end > start}
     for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
         axis.set_ticks([token + 0.5 for token in labelled], [tokens[token] for token in labelled])
-        axis.set_ticks(list(groups.values()), list(groups), minor=True)
+        axis.set_ticks(list(middles.values()), list(middles), minor=True)
     for ax in grid.flat:
         ax.tick_params(labelsize=fontsize, length=0)
         ax.tick_params(which="minor", labelsize=8, length=0, pad=4 + 0.7 * max(2, n_letters) * fontsize)
         ax.tick_params(which="minor", axis="y", labelrotation=90)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.remove_overlapping_locs = False  # a group's middle may be a token's
+        ax.xaxis.remove_overlapping_locs = ax.yaxis.remove_overlapping_locs = False  # a middle may be a token's
 
 
 # ----------------------------------------------------------------------------------------------- accuracies
@@ -255,10 +253,7 @@ def paired_bars(
     ax.set_yticks(range(len(names)), names)
     for label in ax.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in groups else "normal")
-    ax.set(xlim=(0, 110), ylim=(len(names) - 0.3, -0.6), xticks=range(0, 101, 20))
-    ax.set_xlabel("accuracy in percent, with its 95% interval")
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
+    ax.set(xlim=(0, 110), ylim=(len(names) - 0.3, -0.6), xlabel="accuracy in percent, with its 95% interval")
     _tidy(ax, "x")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -330,17 +325,14 @@ def learning_curves(
     Args:
         curves: by name, the lines of a metrics file: each has "iter" and "loss" (nats a token).
         title: above the figure.
-        floor: the loss of the best possible predictor, drawn as a line.
+        floor: the loss of the best possible predictor, drawn as a line; 0 has no place on this scale.
 
     Raises:
         KeyError: if a line lacks "iter" or "loss".
-        ValueError: if the floor is not positive.
     """
     import seaborn as sns
     from pandas import DataFrame
 
-    if floor is not None and not floor > 0:
-        raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
     rows = [(line["iter"], line["loss"], name) for name, lines in curves.items() for line in lines]
     frame = DataFrame(rows, columns=["iteration", "loss", "curve"])
     figure = _new_figure(6.4, 3.8, title)
@@ -374,8 +366,7 @@ def pca_figure(points: Mapping[str, Tensor], title: str = "") -> Figure:
     figure = _new_figure(5.6, 4.0, title)
     ax = figure.subplots()
     sns.scatterplot(x=x, y=y, hue=names, palette="colorblind", s=9, alpha=0.6, linewidth=0, ax=ax)
-    ax.set_xlabel(f"first component, {shares[0]:.1f}% of the variance")
-    ax.set_ylabel(f"second component, {shares[1]:.1f}%")
+    ax.set(xlabel=f"first component, {shares[0]:.1f}% of the variance", ylabel=f"second component, {shares[1]:.1f}%")
     ax.set_aspect("equal", adjustable="datalim")
     _tidy(ax, "both")
     _legend_at_right(ax)

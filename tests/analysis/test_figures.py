@@ -409,11 +409,6 @@ def test_curves_are_not_cut_off():
     assert_nothing_overlaps(figure.axes[0].get_legend().get_texts())
 
 
-def test_a_floor_that_a_logarithmic_scale_cannot_show_is_refused():
-    with pytest.raises(ValueError, match="floor"):
-        learning_curves({"a": [{"iter": 1, "loss": 1.0}]}, floor=0.0)
-
-
 # ------------------------------------------------------------------------------------- where figures are shown
 
 
