@@ -11,11 +11,12 @@ of numpy, which its ready-made distributions are not.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from mingpt.tasks import Task, Values
 
-SPLITS = ("train", "test")
 SPLIT_VERSION = 1
 """Changes when any row of any split changes; recorded in every checkpoint."""
 
@@ -68,16 +68,14 @@ class CustomDataset(torch.utils.data.Dataset):
             size: what ``len`` says.
 
         Raises:
-            TypeError: if ``tasks`` is not a sequence of tasks, or a number is no integer.
+            TypeError: if ``tasks`` is not a sequence of at least one task, or a number is no integer.
             ValueError: for an unknown split, a size out of range, a task that ``num_digits`` is too small for, or one
                 with negative tokens.
         """
-        if split not in SPLITS:
+        if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-        if not isinstance(tasks, list | tuple) or not all(isinstance(task, Task) for task in tasks):
-            raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], got {tasks!r}")
-        if not tasks:
-            raise ValueError("tasks is empty; give at least one task")
+        if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, Task) for task in tasks):
+            raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], at least one, got {tasks!r}")
         self.length, self.num_digits = _integer("length", length, 1), _integer("num_digits", num_digits, 2)
         self.prefix_padding, self.size = _integer("prefix_padding", prefix_padding, 0), _integer("size", size, 1)
         self.seed = _integer("seed", seed)
@@ -90,8 +88,7 @@ class CustomDataset(torch.utils.data.Dataset):
             for what, low in (("read", values.all.low), ("produce", self.output_values(task).all.low)):
                 if low < 0:
                     raise ValueError(f"{task} can {what} {low}, and tokens are not negative")
-            stream = _RowStream(split, values, task.has_repeats, self.length, self.seed)
-            self._streams.append(next((other for other in self._streams if other.name == stream.name), stream))
+            self._streams.append(_RowStream(self.seed, split, values, task.has_repeats, self.length))
 
     def __len__(self) -> int:
         return self.size
@@ -213,17 +210,14 @@ def check_fits(n_tokens: int, n_positions: int, vocab_size: int, block_size: int
             raise ValueError(f"the model's {what} is {given}, and the data need {needed}; build the model larger")
 
 
-class _RowStream:
+class _RowStream(NamedTuple):
     """An endless, random-access sequence of input rows of one split."""
 
-    def __init__(self, split: str, values: Values, has_repeats: bool, length: int, seed: int):
-        self.split, self.values, self.has_repeats, self.length = split, values, has_repeats, length
-        self.name = json.dumps([SPLIT_VERSION, seed, split, values, has_repeats, length])
-        self._key = np.frombuffer(hashlib.blake2b(self.name.encode(), digest_size=16).digest(), dtype="<u8")
-        self._blocks: dict[int, np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_blocks": {}}  # a worker process makes its own
+    seed: int
+    split: str
+    values: Values
+    has_repeats: bool
+    length: int
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The rows of these indices, (N, L)."""
@@ -231,33 +225,10 @@ class _RowStream:
         blocks = indices // BLOCK_ROWS
         for number in np.unique(blocks):
             own = np.flatnonzero(blocks == number)
-            rows[own] = self._block(int(number))[indices[own] % BLOCK_ROWS]
+            rows[own] = _block(self, int(number))[indices[own] % BLOCK_ROWS]
         return rows
 
-    def _block(self, number: int) -> np.ndarray:
-        """Block ``number``, (BLOCK_ROWS, L): made when first asked for, and kept while it is among the latest few."""
-        if number not in self._blocks:
-            while len(self._blocks) >= 16:
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[number] = self._make_block(number)
-        return self._blocks[number]
-
-    def _make_block(self, number: int) -> np.ndarray:
-        bits = np.random.Philox(key=self._key, counter=[0, 0, 0, number])
-        share = _TEST_SHARE if self.split == "test" else _TEST_SHARE / (_TEST_SHARE - 1)
-        n_candidates = int(BLOCK_ROWS * share * 1.125)
-        found: list[np.ndarray] = []
-        while sum(map(len, found)) < BLOCK_ROWS:
-            if len(found) > 100:
-                raise ValueError(
-                    f"the {self.split} split has too few rows of length {self.length} with values {self.values.all}; "
-                    "use a larger length or num_digits"
-                )
-            candidates = self._draw(bits, n_candidates)
-            found.append(candidates[is_test_row(candidates) == (self.split == "test")])
-        return np.concatenate(found)[:BLOCK_ROWS]
-
-    def _draw(self, bits: np.random.Philox, n: int) -> np.ndarray:
+    def draw(self, bits: np.random.Philox, n: int) -> np.ndarray:
         """Draw n candidate rows of either split, (n, L)."""
         size = np.full(self.length, self.values.rest.size, dtype=np.uint64)
         low = np.full(self.length, self.values.rest.low, dtype=np.int64)
@@ -271,6 +242,26 @@ class _RowStream:
             choice[:, 0] = 0  # the argument stays in the argument's range
             rows[1::2] = np.take_along_axis(repeated[:, :few], choice, axis=1)
         return rows
+
+
+@functools.lru_cache(maxsize=256)
+def _block(stream: _RowStream, number: int) -> np.ndarray:
+    """Block ``number`` of a stream, (BLOCK_ROWS, L); the latest ones are kept, and equal streams share them."""
+    name = json.dumps([SPLIT_VERSION, *stream])
+    key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
+    bits = np.random.Philox(key=key, counter=[0, 0, 0, number])
+    share = _TEST_SHARE if stream.split == "test" else _TEST_SHARE / (_TEST_SHARE - 1)
+    n_candidates = int(BLOCK_ROWS * share * 1.125)
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < BLOCK_ROWS:
+        if len(found) > 100:
+            raise ValueError(
+                f"the {stream.split} split has too few rows of length {stream.length} with values {stream.values.all}; "
+                "use a larger length or num_digits"
+            )
+        candidates = stream.draw(bits, n_candidates)
+        found.append(candidates[is_test_row(candidates) == (stream.split == "test")])
+    return np.concatenate(found)[:BLOCK_ROWS]
 
 
 def _integer(name: str, value: int, least: int | None = None) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mingpt.datasets import CustomDataset, check_fits
 from mingpt.decoding.logits_processors import Constraint
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, as_prefix
+from mingpt.prefix import Prefix, as_prefix, evaluation_mode
 from mingpt.tasks import SIMPLE_TASKS, Task
 from mingpt.training.precision import autocast
 
@@ -41,16 +41,13 @@ class Score:
         n_correct: rows whose every output token is right.
         n_rows: rows in all.
         by_position: the share of rows that is right at each output position, L numbers.
-        n_distinct: different rows, input and solution; n_rows by default.
+        n_distinct: different rows, input and solution; None where they were not counted.
     """
 
     n_correct: int
     n_rows: int
     by_position: tuple[float, ...] = field(default=(), repr=False)
-    n_distinct: int = field(default=0, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "n_distinct", self.n_distinct or self.n_rows)
+    n_distinct: int | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -64,7 +61,7 @@ class Score:
         It says how far the accuracy on all rows of this kind may be from the accuracy on these, for this one model. It
         says nothing of other seeds. A row that comes twice counts once: p is n_correct / n_rows and n is n_distinct.
         """
-        n, z2 = self.n_distinct, _Z95**2
+        n, z2 = self.n_distinct or self.n_rows, _Z95**2
         n_correct = self.n_correct * (n / self.n_rows)
         center = (n_correct + z2 / 2) / (n + z2)
         half = _Z95 / (n + z2) * math.sqrt(n_correct * (n - n_correct) / n + z2 / 4)
@@ -79,14 +76,13 @@ class Score:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
         """Undo ``to_dict``."""
-        return cls(values["n_correct"], values["n_rows"], tuple(values["by_position"]), values.get("n_distinct", 0))
+        return cls(values["n_correct"], values["n_rows"], tuple(values["by_position"]), values.get("n_distinct"))
 
     @classmethod
     def of(cls, outputs: np.ndarray, solutions: np.ndarray, inputs: np.ndarray | None = None) -> Score:
         """Compare outputs with solutions, (N, L) each; ``inputs`` (N, L) tell how many rows are distinct."""
         is_right = outputs == solutions
-        rows = None if inputs is None else np.unique(np.concatenate([inputs, solutions], axis=1), axis=0)
-        n_distinct = len(outputs if rows is None else rows)
+        n_distinct = None if inputs is None else len(np.unique(np.concatenate([inputs, solutions], axis=1), axis=0))
         return cls(int(is_right.all(axis=1).sum()), len(outputs), tuple(is_right.mean(axis=0).tolist()), n_distinct)
 
 
@@ -127,7 +123,6 @@ def predict(
     batch_size: int = 1600,
     precision: str = "auto",
     logits_processors: Iterable[Callable] = (),
-    given: np.ndarray | None = None,
     forbidden_mass_record: list[Tensor] | None = None,
 ) -> np.ndarray:
     """The model's greedy answers to input rows.
@@ -140,9 +135,8 @@ def predict(
         batch_size: rows generated at a time.
         precision: see ``mingpt.training.precision``.
         logits_processors: see ``mingpt.decoding.generation.generate``.
-        given: (N, G) the first G tokens of each answer, given with the prompt; none by default.
-        forbidden_mass_record: a list that receives, for each batch, the probability that each constraint forbade,
-            (steps, rows, number of constraints); see ``mingpt.decoding.generation.generate``.
+        forbidden_mass_record: a list that receives, for each batch and of it for each of the L steps, the probability
+            that each constraint forbade, (rows, number of constraints); see ``mingpt.decoding.generation.generate``.
 
     Returns:
         (N, L) answers.
@@ -158,30 +152,15 @@ def predict(
         prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
         if prefix.n_placeholders > prefix_padding:
             raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
-    given = np.zeros((n_rows, 0), dtype=np.int64) if given is None else given
-    prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs, given], axis=1)
-    tokens = torch.from_numpy(prompts).to(model.device)
-    processors, was_training, outputs = tuple(logits_processors), model.training, []
-    model.eval()
-    try:
-        with autocast(precision, model.device):
-            for start in range(0, n_rows, batch_size):
-                rows = slice(start, start + batch_size)
-                record: list[Tensor] | None = None if forbidden_mass_record is None else []
-                outputs.append(
-                    model.generate(
-                        tokens[rows],
-                        length - given.shape[1],
-                        prefixes=None if prefix is None else prefix.for_rows(rows, n_rows),
-                        logits_processors=processors,
-                        forbidden_mass_record=record,
-                    )[:, prefix_padding + length :]
-                )
-                if forbidden_mass_record is not None and record is not None:
-                    forbidden_mass_record.append(torch.stack(record))
-    finally:
-        model.train(was_training)
-    return torch.cat(outputs).cpu().numpy()
+    prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
+    tokens, outputs = torch.from_numpy(prompts).to(model.device), []
+    options = {"logits_processors": tuple(logits_processors), "forbidden_mass_record": forbidden_mass_record}
+    with evaluation_mode(model), autocast(precision, model.device):
+        for start in range(0, n_rows, batch_size):
+            rows = slice(start, start + batch_size)
+            own = None if prefix is None else prefix.for_rows(rows, n_rows)
+            outputs.append(model.generate(tokens[rows], length, prefixes=own, **options))
+    return torch.cat(outputs)[:, prefix_padding + length :].cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -198,11 +177,6 @@ class ConstraintEffect:
     free: Score
     constrained: Score
     forbidden_mass: tuple[float, ...]
-
-    @property
-    def gap(self) -> float:
-        """The accuracy that the constraint added, -1 to 1."""
-        return self.constrained.accuracy - self.free.accuracy
 
 
 def constraint_effect(
@@ -227,7 +201,8 @@ def constraint_effect(
     record: list[Tensor] = []
     options |= {"logits_processors": tuple(constraints), "forbidden_mass_record": record}
     constrained = evaluate(model, dataset, prefixes, n_rows, **options)
-    kept = 1 - torch.cat(record, dim=1)  # (L, N, constraints), of what the ones before had left
+    steps = [torch.cat(record[step :: dataset.length]) for step in range(dataset.length)]
+    kept = 1 - torch.stack(steps)  # (L, N, constraints), of what the ones before had left
     forbidden_mass = 1 - kept.prod(dim=2).mean(dim=1)
     return ConstraintEffect(free, constrained, tuple(forbidden_mass.clamp(min=0).tolist()))
 
@@ -262,17 +237,16 @@ def accuracy_matrix(
 
     if not datasets or any(len(dataset.tasks) != 1 for dataset in datasets):
         raise ValueError("accuracy_matrix needs at least one dataset, of one task each")
-    rows = [_rows(model, dataset, n_rows) for dataset in datasets]
-    columns_of: dict[tuple[int, bytes], list[int]] = {}  # the columns of each padding and input rows
-    for column, (dataset, (inputs, _)) in enumerate(zip(datasets, rows, strict=True)):
-        columns_of.setdefault((dataset.prefix_padding, inputs.tobytes()), []).append(column)
-    table = []
+    posed = [(dataset.prefix_padding, *_rows(model, dataset, n_rows)) for dataset in datasets]
+    table: list[list[Score]] = []
     for prefix in prefixes.values():
-        scores: dict[int, Score] = {}
-        for (padding, _), columns in columns_of.items():
-            outputs = predict(model, rows[columns[0]][0], padding, prefix, **options)
-            scores |= {column: Score.of(outputs, rows[column][1], rows[column][0]) for column in columns}
-        table.append([scores[column] for column in range(len(datasets))])
+        table.append([])
+        answers: dict[tuple[int, bytes], np.ndarray] = {}  # by the padding and the input rows
+        for padding, inputs, solutions in posed:
+            key = padding, inputs.tobytes()
+            if key not in answers:
+                answers[key] = predict(model, inputs, padding, prefix, **options)
+            table[-1].append(Score.of(answers[key], solutions, inputs))
     return pd.DataFrame(table, list(prefixes), [str(dataset.tasks[0]) for dataset in datasets])
 
 
@@ -285,7 +259,7 @@ def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | No
 
     Returns:
         A row for each name; the columns are accuracy, low and high (the ends of its 95% confidence interval over test
-        rows), published (nan where there is none) and n_rows. ``format_table`` prints it.
+        rows), published (nan where there is none) and n_rows.
     """
     import pandas as pd
 
@@ -295,11 +269,6 @@ def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | No
     }
     table = pd.DataFrame.from_dict(columns, "index", float, ["accuracy", "low", "high", "published"])
     return table.assign(n_rows=[score.n_rows for score in scores.values()])
-
-
-def format_table(table: DataFrame) -> str:
-    """A table as text, with two decimals and nothing where a value is missing."""
-    return table.to_string(float_format="{:.2f}".format, na_rep="")
 
 
 def bayes_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
@@ -351,9 +320,7 @@ def label_batch(
     outputs = y[:, prefix_size + length - 1 :].cpu().numpy()
     different = list(dict.fromkeys(tasks))
     fits = [task.is_defined(inputs) & (task.solve(inputs) == outputs).all(axis=-1) for task in different]
-    found = [
-        [task for task, is_right in zip(different, row, strict=True) if is_right] for row in zip(*fits, strict=True)
-    ]
+    found = [[different[k] for k in np.flatnonzero(row)] for row in np.stack(fits, axis=1)]
     if as_ints:
         return [-1 if len(row) > 1 else 1 + tasks.index(row[0]) if row else 0 for row in found]
     return [" or ".join(map(str, row)) or "None" for row in found]
@@ -364,9 +331,7 @@ def eval(  # noqa: A001 (the seed notebook's name)
     dataset: CustomDataset,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
-    provide_first: bool = False,
     prefixes: AnyPrefix = None,
-    show_wrong_examples: bool = False,
     logits_processors: Iterable[Callable] = (),
 ) -> Tensor:
     """Print and return how many rows the model answers exactly, as the seed notebook's ``eval`` does.
@@ -376,29 +341,18 @@ def eval(  # noqa: A001 (the seed notebook's name)
         dataset: whose first ``100 * max_batches`` rows are answered, all of ``len(dataset)`` without ``max_batches``.
         device: where to run; the model is moved there.
         max_batches: batches of 100 rows, at least 1.
-        provide_first: give the first token of the solution with the prompt.
         prefixes: see ``mingpt.prefix.as_prefix``.
-        show_wrong_examples: print the first three mistakes.
         logits_processors: see ``mingpt.decoding.generation.generate``.
 
     Returns:
         The number of rows answered exactly, a scalar tensor of float32.
 
     Raises:
-        ValueError: if ``max_batches`` is less than 1, or as ``evaluate`` does.
+        ValueError: as ``evaluate`` does, also for ``max_batches`` below 1.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, or None for all of the dataset, got {max_batches}")
     if device is not None:
         model.to(device)
     n_rows = len(dataset) if max_batches is None else min(100 * max_batches, len(dataset))
-    inputs, solutions = _rows(model, dataset, n_rows)
-    given = solutions[:, : int(provide_first)]
-    options = {"logits_processors": logits_processors, "given": given}
-    outputs = predict(model, inputs, dataset.prefix_padding, prefixes, **options)
-    score = Score.of(outputs, solutions, inputs)
-    if show_wrong_examples:
-        for row in np.flatnonzero((outputs != solutions).any(axis=1))[:3]:
-            print(f"{inputs[row].tolist()} became {outputs[row].tolist()}, the solution is {solutions[row].tolist()}")
+    score = evaluate(model, dataset, prefixes, n_rows, logits_processors=logits_processors)
     print(f"Final score: {score.n_correct}/{score.n_rows} = {100 * score.accuracy:.2f}% correct")
     return torch.tensor(float(score.n_correct))

@@ -109,12 +109,10 @@ class Task:
                 dtype cannot hold the solution.
         """
         given = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
-        if given.size == 0 and not hasattr(x, "dtype"):
-            given = given.astype(np.int64)  # an empty list has no type of its own
-        if not np.issubdtype(given.dtype, np.integer):
-            raise TypeError(f"{self} works on integers, not on {given.dtype}")
         if given.ndim == 0 or given.shape[-1] == 0:
             raise ValueError(f"{self} works on rows of at least one element, got shape {given.shape}")
+        if not np.issubdtype(given.dtype, np.integer):
+            raise TypeError(f"{self} works on integers, not on {given.dtype}")
         rows = self._cast(given, np.int64)
         is_defined = self.is_defined(rows)
         if not is_defined.all():
@@ -132,23 +130,6 @@ class Task:
             lost = values[cast != values].flat[0]
             raise ValueError(f"{self} meets the value {lost}, which {cast.dtype} cannot hold; use a wider dtype")
         return cast
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The arguments that make this task, by name.
-
-        Raises:
-            TypeError: if one is not kept as an attribute, or ``Task.parse`` could not read it back.
-        """
-        name, parameters = type(self).__name__, {}
-        for argument in inspect.signature(type(self)).parameters:
-            if not hasattr(self, argument):
-                raise TypeError(f"{name}.__init__ takes {argument} and must keep it: self.{argument} = {argument}")
-            value = getattr(self, argument)
-            parameters[argument] = value = value.item() if isinstance(value, np.generic) else value
-            if repr(parse_value(repr(value))) != repr(value):
-                raise TypeError(f"{name} has {argument} = {value!r}; use numbers, text, or lists and tuples of them")
-        return parameters
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -170,9 +151,9 @@ class Task:
                 task does not take, or a composition that is not defined.
         """
         try:
-            node: ast.expr | None = ast.parse(text.strip(), mode="eval").body
+            node: ast.expr = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError):
-            node = None
+            node = ast.Name(text)
         parts = []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             parts.append(node.right)
@@ -184,10 +165,21 @@ class Task:
         return repr(self).removesuffix("()")
 
     def __repr__(self) -> str:
-        kinds = inspect.signature(type(self)).parameters
-        values = self.parameters.items()
-        arguments = (f"{k}={v!r}" if kinds[k].kind is kinds[k].KEYWORD_ONLY else repr(v) for k, v in values)
-        return f"{type(self).__name__}({', '.join(arguments)})"
+        """The call that makes this task.
+
+        Raises:
+            TypeError: if an argument is not kept as an attribute, or ``Task.parse`` could not read it back.
+        """
+        name, arguments = type(self).__name__, []
+        for argument, parameter in inspect.signature(type(self)).parameters.items():
+            if not hasattr(self, argument):
+                raise TypeError(f"{name}.__init__ takes {argument} and must keep it: self.{argument} = {argument}")
+            value = getattr(self, argument)
+            value = repr(value.item() if isinstance(value, np.generic) else value)
+            if repr(parse_value(value)) != value:
+                raise TypeError(f"{name} has {argument} = {value}; use numbers, text, or lists and tuples of them")
+            arguments.append(f"{argument}={value}" if parameter.kind is parameter.KEYWORD_ONLY else value)
+        return f"{name}({', '.join(arguments)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Task):
@@ -198,24 +190,22 @@ class Task:
         return hash(str(self))
 
 
-def _make_task(node: ast.expr | None, text: str) -> Task:
+def _make_task(node: ast.expr, text: str) -> Task:
     """The simple task that a part of the name ``text`` stands for: ``Add1`` or ``AddN(3)``."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node or ast.Name(text), [], [])
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     name = ast.unparse(call.func)
     if name not in Task._classes:
         raise ValueError(
             f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}; "
             "import the file that defines it (--import on the command line)"
         )
-    task_class = Task._classes[name]
     try:
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-        return task_class(*map(ast.literal_eval, call.args), **named)
+        return Task._classes[name](*map(ast.literal_eval, call.args), **named)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{ast.unparse(call)!r} in {text!r} is no task; write {name}{inspect.signature(task_class)} with literals "
-            f"such as 3 or 'x': {str(error).split(' on line')[0]}"
-        ) from error
+        expected = f"{name}{inspect.signature(Task._classes[name])} with literals such as 3 or 'x'"
+        reason = str(error).split(" on line")[0]
+        raise ValueError(f"{ast.unparse(call)!r} in {text!r} is no task; write {expected}: {reason}") from error
 
 
 class CompositeTask(Task):
@@ -234,13 +224,7 @@ class CompositeTask(Task):
         self._tasks = tuple(simple for task in tasks for simple in task.tasks)
         self.has_repeats = self._tasks[0].has_repeats
         # Judged for every number of digits and every length at once, so a task means the same wherever it is used.
-        values = self.input_values(num_digits=UNBOUNDED)
-        for position, task in enumerate(self._tasks):
-            try:
-                values = task.output_values(values, length=UNBOUNDED)
-            except ValueError as reason:
-                before = self._tasks[position - 1] if position else "the input"
-                raise ValueError(f"{self} is not defined: after {before}, {task} cannot follow, {reason}") from None
+        self.output_values(self.input_values(num_digits=UNBOUNDED), length=UNBOUNDED)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -255,8 +239,11 @@ class CompositeTask(Task):
         return self._tasks[0].input_values(num_digits)
 
     def output_values(self, values: Values, length: int) -> Values:
-        for task in self._tasks:
-            values = task.output_values(values, length)
+        for before, task in zip(("the input", *self._tasks), self._tasks, strict=False):
+            try:
+                values = task.output_values(values, length)
+            except ValueError as reason:
+                raise ValueError(f"{self} is not defined: after {before}, {task} cannot follow, {reason}") from None
         return values
 
     def is_defined(self, x: np.ndarray) -> np.ndarray:
@@ -285,8 +272,7 @@ class SortAscending(Task):
         return np.sort(x, axis=-1)
 
     def output_values(self, values, length):
-        smallest = Interval(*map(min, *values))
-        return values if length == 1 else Values(smallest, values.all)
+        return values if length == 1 else Values(first=Interval(*map(min, *values)), rest=values.all)
 
 
 class SortDescending(Task):
@@ -296,8 +282,7 @@ class SortDescending(Task):
         return -np.sort(-x, axis=-1)
 
     def output_values(self, values, length):
-        largest = Interval(*map(max, *values))
-        return values if length == 1 else Values(largest, values.all)
+        return values if length == 1 else Values(first=Interval(*map(max, *values)), rest=values.all)
 
 
 # ------------------------------------------------------------------------------------- elementwise functions
@@ -396,10 +381,8 @@ class _DividesByArgument(Task):
     def is_defined(self, x):
         return x[..., 0] > 0
 
-    @staticmethod
-    def _remainder(x):
-        argument = x[..., :1]
-        return x % np.where(argument > 0, argument, 1)
+    def _remainder(self, x):
+        return x % np.maximum(x[..., :1], 1)
 
 
 class Modulo(_DividesByArgument):
@@ -421,8 +404,7 @@ class Divisible(_DividesByArgument):
         return np.where(self._remainder(x) == 0, x, 0)
 
     def output_values(self, values, length):
-        argument, rest = super().output_values(values, length)
-        return Values(argument, rest.with_zero())
+        return super().output_values(values, length)._replace(rest=values.rest.with_zero())
 
 
 class NotDivisible(_DividesByArgument):
@@ -432,8 +414,7 @@ class NotDivisible(_DividesByArgument):
         return np.where(self._remainder(x) != 0, x, 0)
 
     def output_values(self, values, length):
-        _, rest = super().output_values(values, length)
-        return Values(Interval(0, 0), rest.with_zero())
+        return super().output_values(values, length)._replace(first=Interval(0, 0), rest=values.rest.with_zero())
 
 
 def _counts(x: np.ndarray) -> np.ndarray:
@@ -446,10 +427,7 @@ def _small_argument(num_digits: int) -> Values:
     return Values(Interval(2, num_digits // 2), Interval(1, num_digits))
 
 
-PRETRAINING_TASKS = (
-    *(SortAscending(), SortDescending(), Add1(), Modulo()),
-    *(LessThan(), Divisible(), InverseBinary()),
-)
+PRETRAINING_TASKS = (SortAscending(), SortDescending(), Add1(), Modulo(), LessThan(), Divisible(), InverseBinary())
 """The seven tasks that the flagship experiment pretrains on."""
 
 TEST_TASKS = (

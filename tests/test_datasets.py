@@ -599,7 +599,7 @@ def test_sizes_may_be_numpy_integers():
         ({"tasks": ["Add1"]}, TypeError, "list of tasks"),
         ({"tasks": [Add1]}, TypeError, "list of tasks"),
         ({"tasks": [Add1(), None]}, TypeError, "list of tasks"),
-        ({"tasks": []}, ValueError, "at least one task"),
+        ({"tasks": []}, TypeError, "list of tasks .* at least one"),
         ({"length": 0}, ValueError, "length must be at least 1, got 0"),
         ({"num_digits": 1}, ValueError, "num_digits must be at least 2, got 1"),
         ({"prefix_padding": -1}, ValueError, "prefix_padding must be at least 0, got -1"),

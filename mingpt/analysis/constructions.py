@@ -28,6 +28,7 @@ _STEEP = 40.0
 """Twice a hidden unit's input where it is on, and minus that where it is off: GELU is the identity there, and zero."""
 
 
+@torch.no_grad()
 def sequence_interpreter(vocab_size: int, length: int) -> GPT:
     """A GPT that generates any of the V^N sequences, whichever its virtual token holds, after any one first token.
 
@@ -41,11 +42,11 @@ def sequence_interpreter(vocab_size: int, length: int) -> GPT:
     Source: after theorem 1 of Petrov et al. 2024.
     """
     model = _interpreter(vocab_size, length, block_size=length + 1)
-    with torch.no_grad():
-        model.transformer.wpe.weight[1:, :length] = torch.eye(length)  # position 0 is the virtual token's
+    model.transformer.wpe.weight[1:, :length] = torch.eye(length)  # position 0 is the virtual token's
     return model
 
 
+@torch.no_grad()
 def function_interpreter(vocab_size: int) -> GPT:
     """A GPT that answers any token x with f(x), where f is any of the V^V functions, whichever its virtual token holds.
 
@@ -58,8 +59,7 @@ def function_interpreter(vocab_size: int) -> GPT:
     Source: after theorem 2 of Petrov et al. 2024.
     """
     model = _interpreter(vocab_size, vocab_size, block_size=2)
-    with torch.no_grad():
-        model.transformer.wte.weight[:, :vocab_size] = torch.eye(vocab_size)
+    model.transformer.wte.weight[:, :vocab_size] = torch.eye(vocab_size)
     return model
 
 
@@ -79,10 +79,8 @@ def virtual_tokens(model: GPT, tables: Tensor) -> Prefix:
     vocab_size, n_embd = model.config.vocab_size, model.config.n_embd
     n_gates = (n_embd - vocab_size) // (vocab_size + 1)
     if tables.ndim != 2 or tables.shape[1] != n_gates or not ((tables >= 0) & (tables < vocab_size)).all():
-        raise ValueError(
-            f"the tables must be (K, {n_gates}) tokens from 0 to {vocab_size - 1}, got {tuple(tables.shape)} "
-            f"from {tables.min()} to {tables.max()}"
-        )
+        found = f"{tuple(tables.shape)} from {tables.min()} to {tables.max()}"
+        raise ValueError(f"the tables must be (K, {n_gates}) tokens from 0 to {vocab_size - 1}, got {found}")
     values = torch.zeros(len(tables), 1, 2, 1, n_embd)
     values[:, 0, 0, 0, 0] = _SCORE * n_embd**0.5  # the key, for queries that are 1 in channel 0
     rows = nn.functional.one_hot(tables, vocab_size).flatten(1)
@@ -98,21 +96,18 @@ def _interpreter(vocab_size: int, n_gates: int, block_size: int) -> GPT:
     config.merge_from_dict({"model_type": None, "n_layer": 1, "n_head": 1, "n_embd": n_embd, "skip_layer_norm": True})
     config.merge_from_dict({"vocab_size": vocab_size, "block_size": block_size})
     model = GPT(config).eval()
-    block = model.blocks[0]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        block.attn.c_attn.bias[0] = 1.0  # every query; the content's keys and values are zero
-        block.attn.c_proj.weight.copy_(torch.eye(n_embd))
-        _invert_layernorm(block.ln_2, n_ones=1 + n_gates)
-        entry = torch.arange(n_entries)
-        hidden, out = block.mlp.c_fc, block.mlp.c_proj
-        hidden.weight[entry, entry // vocab_size] = _STEEP
-        hidden.weight[entry, n_gates + entry] = _STEEP
-        hidden.bias.fill_(-1.5 * _STEEP)
-        out.weight[n_gates + n_entries + entry % vocab_size, entry] = 2 / _STEEP
-        _invert_layernorm(model.transformer.ln_f, n_ones=2 + n_gates)
-        model.lm_head.weight[:, n_gates + n_entries :] = torch.eye(vocab_size)
+    for parameter in model.parameters():
+        parameter.zero_()
+    block, entry = model.blocks[0], torch.arange(n_entries)
+    block.attn.c_attn.bias[0] = 1.0  # every query; the content's keys and values are zero
+    block.attn.c_proj.weight.copy_(torch.eye(n_embd))
+    _invert_layernorm(block.ln_2, n_ones=1 + n_gates)
+    block.mlp.c_fc.weight[entry, entry // vocab_size] = _STEEP
+    block.mlp.c_fc.weight[entry, n_gates + entry] = _STEEP
+    block.mlp.c_fc.bias.fill_(-1.5 * _STEEP)
+    block.mlp.c_proj.weight[n_gates + n_entries + entry % vocab_size, entry] = 2 / _STEEP
+    _invert_layernorm(model.transformer.ln_f, n_ones=2 + n_gates)
+    model.lm_head.weight[:, n_gates + n_entries :] = torch.eye(vocab_size)
     return model
 
 

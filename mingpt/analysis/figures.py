@@ -97,9 +97,8 @@ def attention_visualization(
         ax.spines[:].set_visible(False)
     grid[0, 0].set_ylim(n_tokens, 0)
     _label_tokens(grid, list(map(str, tokens)), edges, cell)
-    fontsize = max(9, 0.65 * figure.get_figwidth())
-    figure.supxlabel("attended token", fontsize=fontsize)
-    figure.supylabel("attending token", fontsize=fontsize)
+    figure.supxlabel("attended token")
+    figure.supylabel("attending token")
     label = "attention, rescaled" if ignore_and_rescale_prefix else "attention"
     shrink, pad = min(1.0, 2.5 / (n_layers * panel)), 0.15 / figure.get_figwidth()
     _tidy(figure.colorbar(mesh, ax=grid, label=label, shrink=shrink, pad=pad, anchor=(0, 1)).ax)
@@ -111,19 +110,14 @@ def _attention_maps(
 ) -> Tensor:
     """The record's attention, (layers, H, T, T) of float32, after a check of every size."""
     n_tokens = prefix_size + 2 * length - 1
-    if prefix_size < 0 or length < 1 or tuple(sample.shape) not in {(n_tokens + 1,), (1, n_tokens + 1)}:
+    layers = [tensor.detach().float().cpu() for name, tensor in activations_record if name == "attention"]
+    shapes = {tuple(layer.shape) for layer in layers}
+    expected = {(1, *shape[1:2], n_tokens, n_tokens) for shape in shapes}
+    if sample.numel() != n_tokens + 1 or len(shapes) != 1 or shapes != expected:
         raise ValueError(
-            "sample must be one row of prefix_size + 2 * length tokens, with prefix_size from 0 and length from 1 up; "
-            f"got the shape {tuple(sample.shape)}, prefix_size = {prefix_size} and length = {length}"
-        )
-    record = [(name, tensor, tuple(tensor.shape)) for name, tensor in activations_record]
-    layers = [tensor.detach().float().cpu() for name, tensor, _ in record if name == "attention"]
-    n_heads = {tensor.shape[1] for tensor in layers if tensor.ndim == 4}
-    if len(n_heads) != 1 or any(tensor.shape != (1, *n_heads, n_tokens, n_tokens) for tensor in layers):
-        raise ValueError(
-            f"the record must have one row's 'attention' for each layer, (1, heads, {n_tokens}, {n_tokens}) with the "
-            f"same heads in all, got {sorted({(name, shape) for name, _, shape in record})}; "
-            "pass the list that model(sample[None, :-1], activations_record=...) has filled"
+            f"prefix_size = {prefix_size} and length = {length} make a sample of {n_tokens + 1} tokens and, for each "
+            f"layer, one row's 'attention' (1, heads, {n_tokens}, {n_tokens}) with the same heads in all; got "
+            f"{tuple(sample.shape)} and {sorted(shapes)}: what model(sample[None, :-1], activations_record=...) records"
         )
     return torch.cat(layers)
 
@@ -135,17 +129,16 @@ def _label_tokens(grid: np.ndarray, tokens: Sequence[str], edges: Sequence[int],
     step = math.ceil(_MIN_FONT / per_cell)  # long rows have a label at every step-th token
     fontsize = min(8.0, step * per_cell)
     labelled = range(edges[1], len(tokens), step)
-    spans = zip(("prefix", "input", "output"), edges, edges[1:], strict=False)
-    groups = {name: (start + end) / 2 for name, start, end in spans if end > start}
+    groups = [("prefix", *edges[0:2]), ("input", *edges[1:3]), ("output", *edges[2:4])]
+    middles = {name: (start + end) / 2 for name, start, end in groups if end > start}
     for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
         axis.set_ticks([token + 0.5 for token in labelled], [tokens[token] for token in labelled])
-        axis.set_ticks(list(groups.values()), list(groups), minor=True)
+        axis.set_ticks(list(middles.values()), list(middles), minor=True)
     for ax in grid.flat:
         ax.tick_params(labelsize=fontsize, length=0)
         ax.tick_params(which="minor", labelsize=8, length=0, pad=4 + 0.7 * max(2, n_letters) * fontsize)
         ax.tick_params(which="minor", axis="y", labelrotation=90)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.remove_overlapping_locs = False  # a group's middle may be a token's
+        ax.xaxis.remove_overlapping_locs = ax.yaxis.remove_overlapping_locs = False  # a middle may be a token's
 
 
 # ----------------------------------------------------------------------------------------------- accuracies
@@ -164,10 +157,8 @@ def accuracy_matrix_figure(matrix: DataFrame, title: str = "", rows: str = "pref
     """
     from matplotlib.patches import Rectangle
 
-    if matrix.empty:
-        raise ValueError(f"the matrix must have at least one row and one column, got {matrix.shape}")
     shares = matrix.map(lambda cell: getattr(cell, "accuracy", cell))
-    figure, ax = _percent_heatmap(shares, title, "accuracy in percent", 100)
+    figure, ax = _percent_heatmap(shares, title, "accuracy", 100)
     is_own = np.equal.outer(matrix.index.to_numpy(), matrix.columns.to_numpy())
     for row, column in np.argwhere(is_own):
         ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_OUTLINE, linewidth=1.6, clip_on=False))
@@ -188,8 +179,7 @@ def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Fi
     Raises:
         ValueError: if there are no scores, or their positions are missing or differ in number.
     """
-    shares = {name: score.by_position for name, score in scores.items()}
-    return _position_heatmap(shares, title, "accuracy in percent", 100)
+    return _position_heatmap({name: score.by_position for name, score in scores.items()}, title, "accuracy", 100)
 
 
 def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = "") -> Figure:
@@ -202,8 +192,7 @@ def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = 
     Raises:
         ValueError: if there are no effects, or their lengths differ.
     """
-    shares = {name: effect.forbidden_mass for name, effect in effects.items()}
-    return _position_heatmap(shares, title, "forbidden mass in percent")
+    return _position_heatmap({name: each.forbidden_mass for name, each in effects.items()}, title, "forbidden mass")
 
 
 def _position_heatmap(
@@ -212,10 +201,8 @@ def _position_heatmap(
     """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
     from pandas import DataFrame
 
-    lengths = {name: len(values) for name, values in shares.items()}
-    if len({*lengths.values()}) != 1 or 0 in lengths.values():
-        raise ValueError(f"by_position, or forbidden_mass, must be of one length for all names, got {lengths}")
-    frame = DataFrame(shares, range(1, max(lengths.values()) + 1)).T
+    frame = DataFrame(shares).T
+    frame.columns += 1
     figure, ax = _percent_heatmap(frame, title, label, highest)
     ax.set_xlabel("output position")
     return figure
@@ -223,11 +210,13 @@ def _position_heatmap(
 
 def _percent_heatmap(shares: DataFrame, title: str, label: str, highest: float | None) -> tuple[Figure, Axes]:
     """A figure of shares, 0 to 1, in percent, their colours from 0 to ``highest``, by default the highest of them."""
+    if shares.empty:
+        raise ValueError(f"there must be at least one row and one column to draw, got {shares.shape}")
     widest, tallest = (max(len(str(name)) for name in names) for names in shares.axes)
     width, height = 0.42 * shares.shape[1] + 0.075 * widest + 1.2, 0.26 * shares.shape[0] + 0.05 * tallest + 1.4
     figure = _new_figure(max(width, 5.0), max(height, 2.1), title)
     ax = figure.subplots()
-    _heatmap(ax, 100 * shares, ".1f", highest, label)
+    _heatmap(ax, 100 * shares, ".1f", highest, f"{label} in percent")
     return figure, ax
 
 
@@ -237,41 +226,34 @@ def paired_bars(
     groups: Mapping[str, Sequence[str]],
     title: str = "",
     labels: tuple[str, str] = ("with its prefix", "without prefix"),
-    colors: tuple[str, str] = PREFIX_COLORS,
 ) -> Figure:
     """Draw the accuracy on each task with and without its prefix, with 95% intervals.
 
     Args:
         with_prefix: the scores by task.
         without_prefix: the same model's without a prefix.
-        groups: the tasks to draw, from top to bottom, by the name of their group.
+        groups: the tasks to draw, from top to bottom, by the name of their group, which is no task's.
         title: above the figure.
         labels: what the two scores are, where it is another comparison.
-        colors: of the two scores; another comparison should not be blue and grey.
 
     Raises:
-        ValueError: if no tasks are named, or a score of one is missing.
+        KeyError: if a score of a task is missing.
     """
-    tasks = [task for members in groups.values() for task in members]
-    missing = sorted({task for task in tasks if task not in with_prefix or task not in without_prefix})
-    if missing or not tasks:
-        raise ValueError(f"groups must name tasks that have a score with and without prefix; without one: {missing}")
-    rows = [row for group, members in groups.items() for row in ((group, True), *((task, False) for task in members))]
-    y = np.array([number for number, (_, is_group) in enumerate(rows) if not is_group])
-    figure = _new_figure(6.6, 0.3 * len(rows) + 1.2, title)
+    names = [name for group, members in groups.items() for name in (group, *members)]
+    y = np.array([number for number, name in enumerate(names) if name not in groups])
+    figure = _new_figure(6.6, 0.3 * len(names) + 1.2, title)
     ax = figure.subplots()
-    for label, scores, color, offset in zip(labels, (with_prefix, without_prefix), colors, (-0.2, 0.2), strict=True):
-        accuracies, errors = _percent_and_errors([scores[task] for task in tasks])
+    for label, scores, color, offset in zip(
+        labels, (with_prefix, without_prefix), PREFIX_COLORS, (-0.2, 0.2), strict=True
+    ):
+        accuracies, errors = _percent_and_errors(scores[names[number]] for number in y)
         style = {"elinewidth": 0.8, "capsize": 1.5, "ecolor": "0.15"}
         bars = ax.barh(y + offset, accuracies, height=0.4, color=color, label=label, xerr=errors, error_kw=style)
         ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=6.5)
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    for label, (_, is_group) in zip(ax.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if is_group else "normal")
-    ax.set(xlim=(0, 110), ylim=(len(rows) - 0.3, -0.6), xticks=range(0, 101, 20))
-    ax.set_xlabel("accuracy in percent, with its 95% interval")
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
+    ax.set_yticks(range(len(names)), names)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    ax.set(xlim=(0, 110), ylim=(len(names) - 0.3, -0.6), xlabel="accuracy in percent, with its 95% interval")
     _tidy(ax, "x")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
@@ -287,15 +269,9 @@ def accuracy_curves(
             scale.
         title: above the figure.
         reference: a label and an accuracy, 0 to 1, to draw as a line.
-
-    Raises:
-        ValueError: if there are no panels, or one has a line without scores.
     """
     import seaborn as sns
-    from matplotlib.ticker import NullLocator
 
-    if not panels or not all(lines and all(lines.values()) for lines in panels.values()):
-        raise ValueError(f"panels must have lines with at least one score each, got {dict(panels)}")
     figure = _new_figure(2.5 * len(panels) + 1.0, 3.2, title)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -308,7 +284,7 @@ def accuracy_curves(
             ax.axhline(100 * reference[1], color="0.35", linestyle=":", linewidth=1.2, label=reference[0])
         ticks = sorted({x for scores in lines.values() for x in scores})
         ax.set(xscale="log", xlabel=quantity, ylim=(-3, 103))
-        ax.xaxis.set_minor_locator(NullLocator())
+        ax.minorticks_off()
         ax.set_xticks(ticks, list(map(str, ticks)))
         _tidy(ax, "both")
     grid[0].set_ylabel("accuracy in percent", fontsize=9)
@@ -327,21 +303,18 @@ def _percent_and_errors(scores: Iterable[Score]) -> tuple[np.ndarray, np.ndarray
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Read a JSON-lines file such as the Trainer's ``metrics_path``; empty lines are skipped.
+    """Read a JSON-lines file such as the Trainer's ``metrics_path``.
 
     Raises:
-        ValueError: if a line is not a JSON object, with the file's name and the line's number.
+        ValueError: if a line is not JSON, with the file's name and the line's number.
     """
     lines = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            value = json.loads(line.strip() or "{}")
+            lines.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); a killed run may leave half a line") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line!r}")
-        lines.append(value)
-    return [line for line in lines if line]
+    return lines
 
 
 def learning_curves(
@@ -352,32 +325,24 @@ def learning_curves(
     Args:
         curves: by name, the lines of a metrics file: each has "iter" and "loss" (nats a token).
         title: above the figure.
-        floor: the loss of the best possible predictor, drawn as a line.
+        floor: the loss of the best possible predictor, drawn as a line; 0 has no place on this scale.
 
     Raises:
-        ValueError: if there are no curves, a line lacks "iter" or "loss", or the floor is not positive.
+        KeyError: if a line lacks "iter" or "loss".
     """
     import seaborn as sns
-    from matplotlib.ticker import LogLocator
     from pandas import DataFrame
 
-    bad = [name for name, lines in curves.items() if not lines or any(not {"iter", "loss"} <= {*x} for x in lines)]
-    if bad or not curves:
-        raise ValueError(f"curves must have lines with 'iter' and 'loss'; without them: {bad or 'there are no curves'}")
-    if floor is not None and not floor > 0:
-        raise ValueError(f"floor must be positive, to be drawn on a logarithmic scale, got {floor}; leave it out")
-    frame = DataFrame([{**line, "curve": name} for name, lines in curves.items() for line in lines])
+    rows = [(line["iter"], line["loss"], name) for name, lines in curves.items() for line in lines]
+    frame = DataFrame(rows, columns=["iteration", "loss", "curve"])
     figure = _new_figure(6.4, 3.8, title)
     ax = figure.subplots()
     dashes = "curve" if len(curves) > 10 else None  # where the palette's colours do not suffice
     style = {"hue": "curve", "style": dashes, "palette": sns.color_palette("colorblind", len(curves))}
-    sns.lineplot(frame, x="iter", y="loss", estimator=None, sort=False, linewidth=1.3, ax=ax, **style)
+    sns.lineplot(frame, x="iteration", y="loss", estimator=None, sort=False, linewidth=1.3, ax=ax, **style)
     if floor is not None:
         ax.axhline(floor, color="0.35", linestyle=":", linewidth=1.2, label=f"best possible, {floor:.3g}")
-    ax.set(yscale="log", xlabel="iteration", ylabel="loss (nats a token)")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("")
+    ax.set(yscale="log", ylabel="loss (nats a token)")
     _tidy(ax, "both")
     _legend_at_right(ax)
     return figure
@@ -389,26 +354,19 @@ def pca_figure(points: Mapping[str, Tensor], title: str = "") -> Figure:
     Args:
         points: by name, (N, C) each; of the same C.
         title: above the figure.
-
-    Raises:
-        ValueError: if there are no points, or their sizes differ.
     """
     import seaborn as sns
 
-    sizes = {name: tuple(each.shape) for name, each in points.items()}
-    if len({size[1:] for size in sizes.values()}) != 1 or any(len(size) != 2 for size in sizes.values()):
-        raise ValueError(f"points must be sets of vectors (N, C) of one size C, got {sizes}")
     vectors = torch.cat([each.detach().double().cpu() for each in points.values()]).numpy()
     vectors = vectors - vectors.mean(axis=0)
     _, spread, axes = np.linalg.svd(vectors, full_matrices=False)
     shares = 100 * spread[:2] ** 2 / (spread**2).sum()
     x, y = axes[:2] @ vectors.T
-    names = [name for name, (n_points, _) in sizes.items() for _ in range(n_points)]
+    names = [name for name, each in points.items() for _ in each]
     figure = _new_figure(5.6, 4.0, title)
     ax = figure.subplots()
     sns.scatterplot(x=x, y=y, hue=names, palette="colorblind", s=9, alpha=0.6, linewidth=0, ax=ax)
-    ax.set_xlabel(f"first component, {shares[0]:.1f}% of the variance")
-    ax.set_ylabel(f"second component, {shares[1]:.1f}%")
+    ax.set(xlabel=f"first component, {shares[0]:.1f}% of the variance", ylabel=f"second component, {shares[1]:.1f}%")
     ax.set_aspect("equal", adjustable="datalim")
     _tidy(ax, "both")
     _legend_at_right(ax)
@@ -421,16 +379,10 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
     Args:
         values: (L, H) each, not negative, by what they are.
         title: above the figure.
-
-    Raises:
-        ValueError: if there are none, or their shapes differ.
     """
     from pandas import DataFrame
 
-    shapes = {name: tuple(each.shape) for name, each in values.items()}
-    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
-        raise ValueError(f"values must be of one shape (layers, heads), got {shapes}")
-    n_layers, n_heads = next(iter(shapes.values()))
+    n_layers, n_heads = next(iter(values.values())).shape
     figure = _new_figure(len(values) * (max(0.5 * n_heads, 2.8) + 0.5), 0.32 * n_layers + 1.3, title)
     for ax, (name, each) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         frame = DataFrame(each.cpu().numpy(), range(1, n_layers + 1), range(1, n_heads + 1))
@@ -469,7 +421,7 @@ def _heatmap(ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None,
     bar = {"cbar": bool(bar_label), "cbar_kws": {"label": bar_label}}
     sns.heatmap(frame, vmin=0, vmax=highest, cmap="Blues", fmt=fmt, ax=ax, **style, **bar)
     ax.tick_params(length=0, labelrotation=0)
-    for each in [ax, *(bar.ax for bar in [ax.collections[0].colorbar] if bar)]:
+    for each in ax.figure.axes:  # with the colour bar's
         _tidy(each)
 
 
@@ -486,6 +438,4 @@ def _tidy(ax: Axes, grid: Literal["x", "y", "both"] | None = None) -> None:
 
 def _legend_at_right(ax: Axes) -> None:
     """A legend of everything that has a label, outside of the axes."""
-    legend = ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, markerscale=2)
-    for handle in filter(None, legend.legend_handles):
-        handle.set_alpha(1)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8, markerscale=2)

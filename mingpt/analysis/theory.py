@@ -71,12 +71,8 @@ class BiasSubspace:
 
     def figure(self, title: str = "What a prefix could use, and what it uses") -> Figure:
         """What the prefix could use, and what it uses, by layer and head."""
-        values = {
-            "dimensions its values span": self.rank,
-            "dimensions that hold 99% of its biases": self.effective_rank,
-            "prefix positions attended to": self.attention_perplexity,
-        }
-        return head_heatmap(values, title)
+        named = {"dimensions its values span": self.rank, "dimensions that hold 99% of its biases": self.effective_rank}
+        return head_heatmap(named | {"prefix positions attended to": self.attention_perplexity}, title)
 
 
 @dataclass(frozen=True)

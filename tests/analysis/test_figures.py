@@ -188,13 +188,23 @@ def test_attention_labels_do_not_overlap(n_layers, n_heads, prefix_size, length,
 @pytest.mark.parametrize(
     ("sample", "record", "sizes", "message"),
     [
-        (sample_of(), [], (P, L), r"one row's 'attention' .* got \[\]"),
-        (sample_of(), [("logits", torch.zeros(1))], (P, L), r"got \[\('logits', \(1,\)\)\]"),
-        (sample_of(), [("attention", torch.zeros(2, 1, T, T))], (P, L), r"one row's 'attention' .* \(2, 1, 10, 10\)"),
-        (sample_of(), [("attention", torch.zeros(1, 1, T, T + 1))], (P, L), r"\(1, heads, 10, 10\).* \(1, 1, 10, 11\)"),
-        (sample_of(), [("attention", torch.zeros(1, T, T))], (P, L), r"got \[\('attention', \(1, 10, 10\)\)\]"),
+        (sample_of(), [], (P, L), r"one row's 'attention' .* \[\]"),
+        (sample_of(), [("logits", torch.zeros(1))], (P, L), r"one row's 'attention' .* \[\]"),
+        (
+            sample_of(),
+            [("attention", torch.zeros(2, 1, T, T))],
+            (P, L),
+            r"one row's 'attention' .* \[\(2, 1, 10, 10\)\]",
+        ),
+        (
+            sample_of(),
+            [("attention", torch.zeros(1, 1, T, T + 1))],
+            (P, L),
+            r"\(1, heads, 10, 10\).* \[\(1, 1, 10, 11\)\]",
+        ),
+        (sample_of(), [("attention", torch.zeros(1, T, T))], (P, L), r"\[\(1, 10, 10\)\]"),
         (sample_of(), [("attention", torch.zeros(1, h, T, T)) for h in (2, 3)], (P, L), "the same heads in all"),
-        (sample_of()[:-1], record_of(1, 1), (P, L), rf"the shape \({T},\), prefix_size = 3 and length = 4"),
+        (sample_of()[:-1], record_of(1, 1), (P, L), rf"prefix_size = 3 and length = 4 .* got \({T},\)"),
         (torch.stack([sample_of()] * 2), record_of(1, 1), (P, L), "one row"),
         (sample_of(), record_of(1, 1), (-1, L), "prefix_size = -1"),
         (sample_of(), record_of(1, 1), (P, 0), "length = 0"),
@@ -271,7 +281,7 @@ def test_forbidden_masses_are_on_a_scale_of_their_own():
 
 @pytest.mark.parametrize("lengths", [(), (0,), (2, 3)])
 def test_positions_that_differ_in_number_are_refused(lengths):
-    with pytest.raises(ValueError, match="by_position"):
+    with pytest.raises(ValueError, match=r"at least one row and one column|same length"):
         position_accuracy_figure({str(n): score(1, by_position=[0.5] * n) for n in lengths})
 
 
@@ -310,13 +320,6 @@ def test_bar_labels_do_not_overlap(n_rows):
     assert max(text.get_window_extent().x1 for text in ax.texts) < ax.bbox.x1
 
 
-def test_groups_name_tasks_that_have_both_scores():
-    with pytest.raises(ValueError, match="Modulo"):
-        paired_bars({"Add1": score(1), "Modulo": score(1)}, {"Add1": score(1)}, {"all": ["Add1", "Modulo"]})
-    with pytest.raises(ValueError, match="groups must name tasks"):
-        paired_bars({"Add1": score(1)}, {"Add1": score(1)}, {"all": []})
-
-
 # ------------------------------------------------------------------------------------------------- training
 
 
@@ -340,12 +343,6 @@ def test_accuracy_curves_are_the_scores_with_their_intervals():
         assert [75, 75] in [list(line.get_ydata()) for line in ax.lines]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "A", "B"]
     assert_nothing_is_cut_off(figure)
-
-
-@pytest.mark.parametrize("panels", [{}, {"iterations": {}}, {"iterations": {"A": {}}}])
-def test_accuracy_curves_without_scores_are_refused(panels):
-    with pytest.raises(ValueError, match="at least one score"):
-        accuracy_curves(panels)
 
 
 def test_heads_have_their_numbers_in_one_format():
@@ -379,23 +376,16 @@ def test_points_keep_their_distances_where_a_plane_holds_them():
     assert_nothing_is_cut_off(figure)
 
 
-@pytest.mark.parametrize("points", [{}, {"a": torch.zeros(3)}, {"a": torch.zeros(3, 2), "b": torch.zeros(3, 4)}])
-def test_points_of_different_sizes_are_refused(points):
-    with pytest.raises(ValueError, match="of one size C"):
-        pca_figure(points)
-
-
 def test_metrics_are_read_line_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iter": 10, "loss": 2.5}\n\n{"iter": 20, "loss": 1.25}\n')
+    path.write_text('{"iter": 10, "loss": 2.5}\n{"iter": 20, "loss": 1.25}\n')
     assert read_metrics(path) == read_metrics(str(path)) == [{"iter": 10, "loss": 2.5}, {"iter": 20, "loss": 1.25}]
 
 
-@pytest.mark.parametrize("bad", ['{"iter": 20, "lo', "[1]"])
-def test_a_bad_line_of_metrics_is_named(tmp_path, bad):
+def test_a_half_written_line_of_metrics_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iter": 10, "loss": 2.5}\n\n' + bad)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3"):
+    path.write_text('{"iter": 10, "loss": 2.5}\n{"iter": 20, "lo')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         read_metrics(path)
 
 
@@ -417,20 +407,6 @@ def test_curves_are_not_cut_off():
     figure = learning_curves(dict.fromkeys(TASKS, points), title="title")
     assert_nothing_is_cut_off(figure)
     assert_nothing_overlaps(figure.axes[0].get_legend().get_texts())
-
-
-@pytest.mark.parametrize(
-    ("curves", "floor", "message"),
-    [
-        ({}, None, "no curves"),
-        ({"a": []}, None, "'a'"),
-        ({"a": [{"iter": 1}]}, None, "'a'"),
-        ({"a": [{"iter": 1, "loss": 1.0}]}, 0.0, "floor"),
-    ],
-)
-def test_curves_that_cannot_be_drawn_are_refused(curves, floor, message):
-    with pytest.raises(ValueError, match=message):
-        learning_curves(curves, floor=floor)
 
 
 # ------------------------------------------------------------------------------------- where figures are shown
