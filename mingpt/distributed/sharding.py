@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from mingpt.distributed.process_group import world_size
 from mingpt.utils import match_rules
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from mingpt.model import GPT
 
 Rules = Sequence[tuple[str, Placement]]
@@ -54,13 +53,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
     rule_of = match_rules((pattern for pattern, _ in rules), names, "parameter")
 
     def to_mesh(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            DTensor.from_local(each, mesh, [Replicate()], run_check=False) if isinstance(each, torch.Tensor) else each
-            for each in inputs
-        )
-
-    def gather(_: nn.Module, __: Any, output: DTensor) -> torch.Tensor:
-        return output.full_tensor()
+        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
 
     for owner, module in model.named_modules():
         own = dict(module.named_parameters(prefix=owner, recurse=False))
@@ -71,20 +64,18 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
             split = distribute_tensor(parameter.detach(), mesh, [placement])
             module.register_parameter(name.rpartition(".")[2], nn.Parameter(split, requires_grad=False))
         module.register_forward_pre_hook(to_mesh)
-        module.register_forward_hook(gather)
+        module.register_forward_hook(lambda _, __, output: output.full_tensor())
 
 
 def fully_shard(model: GPT, device_type: str) -> None:
     """Split every parameter of a GPT over all processes, block by block, for training (FSDP2); once is enough."""
     if isinstance(next(model.parameters()), DTensor):
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard as shard_module
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed import fsdp
 
     mesh = init_device_mesh(device_type, (world_size(),))
     for block in model.blocks:
-        shard_module(block, mesh=mesh)
-        register_fsdp_forward_method(block, "keys_values")
-    shard_module(model, mesh=mesh)
-    register_fsdp_forward_method(model, "forward_cached")
+        fsdp.fully_shard(block, mesh=mesh)
+        fsdp.register_fsdp_forward_method(block, "keys_values")
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.register_fsdp_forward_method(model, "forward_cached")
