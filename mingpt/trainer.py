@@ -33,9 +33,10 @@ from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, ChainedOptimizer, 
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.utils import CfgNode
 
-Datasets = CustomDataset | Sequence[CustomDataset]
+AnyDataset = batches.MapDataset | batches.BatchedDataset
+OneOrMore = CustomDataset | Sequence[CustomDataset]
 AnyPrefix = Tensor | Prefix | Reparametrization
-"""What a PrefixTrainer trains on: one dataset, or one for each prefix; and what it trains."""
+"""What a Trainer trains on; what a PrefixTrainer trains on, a dataset for each prefix, and what it trains."""
 
 LEAST = {"batch_size": 1, "checkpoint_every": 1, "log_every": 1}
 MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
@@ -132,7 +133,7 @@ class Trainer:
         choices = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "precision": PRECISIONS}
         return config.close(**choices, parallel=("ddp", "fsdp"), progress=("auto", True, False), converged_loss=None)
 
-    def __init__(self, config: CfgNode, model: nn.Module, train_dataset: batches.MapDataset | batches.BatchedDataset):
+    def __init__(self, config: CfgNode, model: nn.Module, train_dataset: AnyDataset):
         """Move the model to its device and get ready; ``run`` does the work.
 
         Args:
@@ -180,7 +181,7 @@ class Trainer:
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes, by the name a checkpoint keeps it under."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return dict(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
 
     def build_optimizer(self) -> torch.optim.Optimizer | ChainedOptimizer:
         """A fresh optimizer for the trainable parameters."""
@@ -188,9 +189,8 @@ class Trainer:
 
     def index_batches(self) -> Iterator[Sequence[Any]]:
         """For each iteration from ``iter_num`` on, what this process's batch is made of: indices into the dataset."""
-        n_examples = (
-            None if batches.is_batched(self.train_dataset) else len(cast(batches.MapDataset, self.train_dataset))
-        )
+        data = self.train_dataset
+        n_examples = None if batches.is_batched(data) else len(cast(batches.MapDataset, data))
         shard = distributed.rank(), distributed.world_size()
         return batches.index_batches(n_examples, self.config.batch_size, self.iter_num, self._data_seed, shard)
 
@@ -286,7 +286,7 @@ class Trainer:
         """What is called in the place of the model: it keeps the processes' gradients or parameters in step."""
         model, is_alone = self.model, distributed.world_size() == 1
         if self.config.parallel == "fsdp" and not is_alone:
-            fully_shard(cast(GPT, model), self.device.type)
+            fully_shard(model, cast(GPT, model).blocks, self.device.type)
         wrapped = torch.compile(model) if self.config.compile else model
         if is_alone or self.config.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
             return wrapped
@@ -294,15 +294,12 @@ class Trainer:
 
     def _batches(self) -> Iterator[batches.Batch]:
         """The batches from iteration ``iter_num`` on; which rows they hold does not depend on where it started."""
-        dataset, indices = self.train_dataset, self.index_batches()
-        if batches.is_batched(dataset) and not self.config.num_workers:
+        dataset, indices = cast(Any, self.train_dataset), cast(Any, self.index_batches())
+        if batches.is_batched(self.train_dataset) and not self.config.num_workers:
             return (dataset.batch(each) for each in indices)
         generator = torch.Generator().manual_seed(self._data_seed)  # else it draws from the global one
         options = {"num_workers": self.config.num_workers, "pin_memory": self.device.type == "cuda"}
-        loader = torch.utils.data.DataLoader(
-            cast(Any, dataset), batch_sampler=cast(Any, indices), generator=generator, **options
-        )
-        return iter(loader)
+        return iter(torch.utils.data.DataLoader(dataset, batch_sampler=indices, generator=generator, **options))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -382,9 +379,7 @@ class AdapterTrainer(Trainer):
 class LoRATrainer(AdapterTrainer):
     """Trains a LoRA that is attached to a frozen model."""
 
-    def __init__(
-        self, config: CfgNode, model: GPT, train_dataset: batches.MapDataset | batches.BatchedDataset, lora: LoRA
-    ):
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: AnyDataset, lora: LoRA):
         """Get ready to train ``lora`` in place.
 
         Args:
@@ -416,7 +411,7 @@ class PrefixTrainer(AdapterTrainer):
         prefixes: the tensor or the Reparametrization that was given.
     """
 
-    def __init__(self, config: CfgNode, model: GPT, train_dataset: Datasets, prefixes: AnyPrefix):
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: AnyPrefix):
         """Get ready to train ``prefixes`` in place.
 
         Args:
@@ -443,12 +438,11 @@ class PrefixTrainer(AdapterTrainer):
         else:
             prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
         prefix.check(n_layer, n_embd, prefix.n_prefixes)
-        if prefix.n_prefixes != len(data.datasets):
-            n_datasets = len(data.datasets)
+        n_datasets, padding = len(data.datasets), data.prefix_padding
+        if prefix.n_prefixes != n_datasets:
             raise ValueError(f"{prefix.n_prefixes} prefixes for {n_datasets} datasets; give one prefix a dataset")
-        if data.prefix_padding < prefix.n_placeholders:
-            found = f"prefix_padding = {data.prefix_padding}"
-            raise ValueError(f"{found} is too short for {prefix.n_placeholders} prefix positions")
+        if padding < prefix.n_placeholders:
+            raise ValueError(f"prefix_padding = {padding} is too short for {prefix.n_placeholders} prefix positions")
         if config.converged_loss and config.num_workers:
             raise ValueError("converged_loss needs num_workers = 0: which rows are next depends on the losses")
         self._prefix = prefix  # its kind, placeholders and shape, which has the axis of K in front

@@ -7,8 +7,8 @@ not know. Such a module is one that computes with its own parameters in ``forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_t
 
 from mingpt.distributed.process_group import world_size
 from mingpt.utils import match_rules
-
-if TYPE_CHECKING:
-    from mingpt.model import GPT
 
 Rules = Sequence[tuple[str, Placement]]
 """(regular expression, placement) pairs: the first whose expression is found in a parameter's name holds for it."""
@@ -67,14 +64,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
         module.register_forward_hook(lambda _, __, output: output.full_tensor())
 
 
-def fully_shard(model: GPT, device_type: str) -> None:
+def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> None:
     """Split every parameter of a GPT over all processes, block by block, for training (FSDP2); once is enough."""
     if isinstance(next(model.parameters()), DTensor):
         return
     from torch.distributed import fsdp
 
     mesh = init_device_mesh(device_type, (world_size(),))
-    for block in model.blocks:
+    for block in blocks:
         fsdp.fully_shard(block, mesh=mesh)
         fsdp.register_fsdp_forward_method(block, "keys_values")
     fsdp.fully_shard(model, mesh=mesh)
