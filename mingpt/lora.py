@@ -32,12 +32,7 @@ class LoRA(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        rank: int = 1,
-        targets: str | Sequence[str] = r"mlp\.c_",
-        alpha: float | None = None,
-        generator: torch.Generator | None = None,
+        self, model: nn.Module, rank: int = 1, targets: str | Sequence[str] = r"mlp\.c_", alpha: float | None = None
     ):
         """Create the matrices, and attach them.
 
@@ -47,7 +42,6 @@ class LoRA(nn.Module):
             targets: a regular expression that is searched for in the layers' names, such as "mlp", or "." for all
                 layers; or a list of full names.
             alpha: the scale's numerator, R by default.
-            generator: the source of random numbers.
 
         Raises:
             ValueError: for a regular expression or name that no layer matches, no targets, or a rank below 1.
@@ -65,7 +59,7 @@ class LoRA(nn.Module):
         self.a, self.b = nn.ParameterList(), nn.ParameterList()
         for layer in layers.values():
             bound = 1 / math.sqrt(layer.in_features)  # Kaiming's for a = sqrt(5), as in the authors' code
-            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound)
             self.a.append(a.to(layer.weight.device))
             self.b.append(torch.zeros(layer.out_features, rank, device=layer.weight.device))
         self._layers = list(layers.values())

@@ -10,66 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from mingpt.kv_cache import Cache, KeysValues
-from mingpt.utils import CfgNode
+if TYPE_CHECKING:
+    from mingpt.model import GPT
 
 AXES = {"activation": ("L", "P", "C"), "key_value": ("L", "2", "P", "C"), "prompt": ("P", "C")}
 """The kinds of prefix, and the axes of one prefix of each."""
 
-N_AXES = {kind: len(axes) for kind, axes in AXES.items()}
-"""How many axes one prefix of each kind has."""
-
 Record = list[tuple[str, Tensor]]
 """Activations in the order in which they were computed: ("attention", (B, H, T, T)) and
 ("attn_block_output", (B, T, C)) for each layer."""
-
-
-class CausalModel(Protocol):
-    """What prefixes and decoding need of a language model. GPT has it, and so may another model.
-
-    Attributes:
-        config: has n_layer, n_embd and vocab_size.
-        block_size: how many positions there are.
-        training: whether dropout is on.
-        device: where the weights and the tokens are.
-        blocks: the layers in order; the first argument of each is the residual stream (B, T, C).
-    """
-
-    config: CfgNode
-    block_size: int
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def blocks(self) -> Sequence[nn.Module]: ...
-    def get_input_embeddings(self) -> nn.Embedding: ...
-    def train(self, mode: bool = True) -> Self: ...
-    def prefix_cache(self, prefix: Prefix) -> list[list[KeysValues]]:
-        """Each layer's keys and values of K prefixes, see ``GPT.prefix_cache``."""
-        ...
-
-    def forward_cached(
-        self,
-        tokens: Tensor | None,
-        kv_cache: Cache | None = None,
-        *,
-        n_last: int | None = None,
-        start: int | None = None,
-    ) -> tuple[Tensor, Cache]:
-        """Logits of tokens (B, T) after a KV cache, and the cache with them in it, see ``GPT.forward_cached``."""
-        ...
-
-    def __call__(
-        self, idx: Tensor, *, prefixes: Tensor | Prefix | None, activations_record: Record | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run (B, T) tokens and record the activations, see ``GPT.forward``."""
-        ...
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -87,7 +41,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: CausalModel) -> Iterator[None]:
+def evaluation_mode(model: GPT) -> Iterator[None]:
     """Turn dropout off for a while, and restore the model's mode afterwards."""
     was_training = model.training
     model.train(False)
@@ -120,23 +74,18 @@ class Prefix:
     n_placeholders: int = cast(int, None)  # an int from __post_init__ on
 
     def __post_init__(self) -> None:
-        _check_kind(self.kind)
-        axes, values, rows = AXES[self.kind], self.values, self.rows
-        if values.ndim != 1 + len(axes):
+        axes, values, rows = _axes_of(self.kind), self.values, self.rows
+        if values.ndim != 1 + len(axes) or not values.is_floating_point():
             raise ValueError(
-                f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes, got {tuple(values.shape)}"
+                f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes and a floating dtype, "
+                f"got {tuple(values.shape)} of {values.dtype}"
             )
-        if not values.is_floating_point():
-            raise ValueError(f"a prefix is of a floating dtype, got {values.dtype}; convert it with .float()")
         if rows is not None:
-            if rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != values.device:
+            is_right = rows.dtype == torch.int64 and rows.ndim == 1 and rows.device == values.device
+            if not is_right or (rows.device.type == "cpu" and not ((rows >= 0) & (rows < len(values))).all()):
                 raise ValueError(
-                    f"rows are int64 of shape (B,) on the device of the values, {values.device}; "
-                    f"got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
-                )
-            if rows.device.type == "cpu" and not ((rows >= 0) & (rows < len(values))).all():
-                raise ValueError(
-                    f"rows go from 0 to {len(values) - 1}, one of {len(values)} prefixes; got {rows.tolist()}"
+                    f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on the device of the values, "
+                    f"{values.device}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}"
                 )
         if self.n_placeholders is None:
             object.__setattr__(self, "n_placeholders", self.n_positions)
@@ -155,7 +104,7 @@ class Prefix:
         """Check that the prefix fits a model and a batch.
 
         Raises:
-            ValueError: naming the size that does not fit.
+            ValueError: naming the sizes or the rows that do not fit.
         """
         if self.values.shape[-1] != n_embd:
             raise ValueError(f"the prefix has {self.values.shape[-1]} channels, the model has {n_embd}")
@@ -213,8 +162,8 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
 
 def _single(values: Tensor) -> Prefix:
     """One prefix, of the kind that has its number of axes."""
-    for kind, n_axes in N_AXES.items():
-        if values.ndim == n_axes:
+    for kind, axes in AXES.items():
+        if values.ndim == len(axes):
             return Prefix(kind, values[None])
     known = ", ".join(f"{kind} ({', '.join(axes)})" for kind, axes in AXES.items())
     raise ValueError(
@@ -222,13 +171,14 @@ def _single(values: Tensor) -> Prefix:
     )
 
 
-def _check_kind(kind: str) -> None:
+def _axes_of(kind: str) -> tuple[str, ...]:
     if kind not in AXES:
         raise ValueError(f"unknown prefix kind {kind!r}; the kinds are {', '.join(AXES)}")
+    return AXES[kind]
 
 
 @torch.no_grad()
-def as_key_value(model: CausalModel, prefix: Tensor | Prefix) -> Tensor:
+def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
     """The keys and values that one prefix of any kind becomes in this model, (L, 2, P, C)."""
     prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
     with evaluation_mode(model):
@@ -242,7 +192,7 @@ def as_key_value(model: CausalModel, prefix: Tensor | Prefix) -> Tensor:
 
 @torch.no_grad()
 def initial_prefix(
-    model: CausalModel,
+    model: GPT,
     n_positions: int,
     init: str | Sequence[int] = "padding",
     generator: torch.Generator | None = None,
@@ -266,11 +216,10 @@ def initial_prefix(
     Raises:
         ValueError: for another ``init`` or kind, or tokens that are not P or not in the vocabulary.
     """
-    config = model.config
-    _check_kind(kind)
-    if isinstance(init, str) and init == "random":
+    config, axes = model.config, _axes_of(kind)
+    if init == "random":
         sizes = {"L": config.n_layer, "2": 2, "P": n_positions, "C": config.n_embd}
-        return torch.randn([sizes[axis] for axis in AXES[kind]], generator=generator).to(model.device).requires_grad_()
+        return torch.randn([sizes[axis] for axis in axes], generator=generator).to(model.device).requires_grad_()
     if isinstance(init, str) and init != "padding":
         raise ValueError(f"unknown init {init!r}; choose padding or random, or give {n_positions} tokens")
     tokens = [0] * n_positions if isinstance(init, str) else list(init)
@@ -278,7 +227,7 @@ def initial_prefix(
         raise ValueError(f"init needs {n_positions} tokens from 0 to {config.vocab_size - 1}, got {tokens}")
     idx = torch.tensor([tokens], device=model.device)
     if kind == "prompt":
-        return model.get_input_embeddings()(idx)[0].requires_grad_()
+        return model.transformer.wte(idx)[0].requires_grad_()
     seen: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
     try:
@@ -348,9 +297,7 @@ def concatenate(prefixes: Sequence[Tensor | Prefix], n_placeholders: int | None 
     Raises:
         ValueError: if there are none, or they differ in kind, in rows, or in a size other than P.
     """
-    parts = _of_one_kind(prefixes)
-    if len({part.values.shape[:-2] + part.values.shape[-1:] for part in parts}) > 1:
-        raise ValueError(f"prefixes can differ in their positions only, got {[tuple(p.values.shape) for p in parts]}")
+    parts = _alike(prefixes, is_along_positions=True)
     if n_placeholders is None:
         n_placeholders = sum(part.n_placeholders for part in parts)
     return replace(parts[0], values=torch.cat([p.values for p in parts], dim=-2), n_placeholders=n_placeholders)
@@ -362,7 +309,7 @@ def interpolate(first: Tensor | Prefix, second: Tensor | Prefix, weight: float) 
     Raises:
         ValueError: if they differ in kind, shape, rows or placeholders.
     """
-    one, other = _of_one_shape([first, second])
+    one, other = _alike([first, second])
     return replace(one, values=torch.lerp(one.values, other.values, weight))
 
 
@@ -372,23 +319,21 @@ def average(prefixes: Sequence[Tensor | Prefix]) -> Prefix:
     Raises:
         ValueError: if there are none, or they differ in kind, shape, rows or placeholders.
     """
-    parts = _of_one_shape(prefixes)
+    parts = _alike(prefixes)
     return replace(parts[0], values=torch.stack([part.values for part in parts]).mean(dim=0))
 
 
-def _of_one_kind(prefixes: Sequence[Tensor | Prefix]) -> list[Prefix]:
+def _alike(prefixes: Sequence[Tensor | Prefix], is_along_positions: bool = False) -> list[Prefix]:
+    """Read prefixes, and check that they differ in their values only; ``is_along_positions`` allows another P too."""
     parts = [each if isinstance(each, Prefix) else _single(each) for each in prefixes]
-    if len({part.kind for part in parts}) != 1:
-        raise ValueError(f"at least one prefix, all of one kind, are needed; got {[part.kind for part in parts]}")
-    rows = [None if part.rows is None else part.rows.tolist() for part in parts]
-    if any(each != rows[0] for each in rows):
-        raise ValueError(f"the prefixes must belong to the same rows, got {rows}")
-    return parts
-
-
-def _of_one_shape(prefixes: Sequence[Tensor | Prefix]) -> list[Prefix]:
-    parts = _of_one_kind(prefixes)
-    if len({(part.values.shape, part.n_placeholders) for part in parts}) > 1:
-        found = [(tuple(part.values.shape), part.n_placeholders) for part in parts]
-        raise ValueError(f"the prefixes must have one shape and one number of placeholders, got {found}")
+    found = {"kind": [part.kind for part in parts]}
+    found["rows"] = [str(part.rows if part.rows is None else part.rows.tolist()) for part in parts]
+    if is_along_positions:
+        found["shape but for P"] = [str((*part.values.shape[:-2], "P", part.values.shape[-1])) for part in parts]
+    else:
+        found["shape"] = [str(tuple(part.values.shape)) for part in parts]
+        found["number of placeholders"] = [str(part.n_placeholders) for part in parts]
+    for name, values in found.items():
+        if len(set(values)) != 1:
+            raise ValueError(f"prefixes, at least one, go together if all have the same {name}; got {values}")
     return parts

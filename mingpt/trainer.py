@@ -6,13 +6,11 @@ Legend: B batch, T tokens, P prefix positions, C channels, L layers, K prefixes.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,22 +28,23 @@ from mingpt.prefix import Prefix, Reparametrization, as_prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
 from mingpt.training import batches
-from mingpt.training.batches import Batch, BatchedDataset, JointDataset, MapDataset, is_batched
 from mingpt.training.metrics import RUNTIME_KEYS, MetricsLogger
-from mingpt.training.optimizers import SCHEDULES, ChainedOptimizer, build_optimizer, learning_rate_factor
+from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, ChainedOptimizer, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.utils import CfgNode
 
-CHOICES = {
-    "optimizer": ("adamw", "muon"), "lr_schedule": SCHEDULES, "precision": PRECISIONS, "parallel": ("ddp", "fsdp"),
-    "compile": (True, False), "progress": ("auto", True, False),
-}  # fmt: skip
-LEAST = {"num_workers": 0, "max_iters": 0, "batch_size": 1, "warmup_iters": 0, "checkpoint_every": 1, "log_every": 1}
-"""The configuration keys that take one of a few values; and those that take an integer, with the least of each."""
+AnyDataset = batches.MapDataset | batches.BatchedDataset
+OneOrMore = CustomDataset | Sequence[CustomDataset]
+AnyPrefix = Tensor | Prefix | Reparametrization
+"""What a Trainer trains on; what a PrefixTrainer trains on, a dataset for each prefix, and what it trains."""
+
+LEAST = {"batch_size": 1, "checkpoint_every": 1, "log_every": 1}
+MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
+"""The bounds of the configuration's numbers; from 0 without bound where nothing is said."""
 
 
 def check_config(config: CfgNode) -> None:
-    """Check a Trainer's configuration, before anything is moved or written.
+    """Check a Trainer's configuration, before anything is moved or written, and give its values their defaults' types.
 
     Args:
         config: see ``Trainer.get_default_config``.
@@ -53,29 +52,21 @@ def check_config(config: CfgNode) -> None:
     Raises:
         ValueError: with a line for each mistake: the key, what it must be, and what was given.
     """
-    mistakes = []
-    for key, default in Trainer.get_default_config().to_dict().items():
-        value = getattr(config, key)
-        if key in CHOICES:
-            expected, is_right = f"one of {', '.join(map(str, CHOICES[key]))}", value in CHOICES[key]
-        elif key == "device":
-            expected, is_right = "auto, or a device such as cpu, cuda or cuda:0", _is_device(value)
-        elif key.endswith("_path"):
-            expected, is_right = "a path or None", isinstance(value, str | Path | None)
-        elif key == "betas":
-            is_right = isinstance(value, list | tuple) and [_is_number(b, 0, 1) and b < 1 for b in value] == [
-                True,
-                True,
-            ]
-            expected = "two numbers from 0 to below 1"
-        elif key in LEAST:
-            expected = f"an integer of at least {LEAST[key]}" + " or None" * (default is None)
-            is_right = _is_number(value, LEAST[key], kind=Integral) or (value is None and default is None)
-        else:
-            most = 1 if key in ("muon_momentum", "decay_fraction") else math.inf
-            expected, is_right = "a number of at least 0" + " and at most 1" * (most == 1), _is_number(value, 0, most)
-        if not is_right:
-            mistakes.append(f"{key} must be {expected}, got {value!r}")
+    typed, mistakes = Trainer.get_default_config(), []
+    typed.max_iters, typed.checkpoint_every = 0, 1  # integers, although None by default
+    for key in typed.to_dict():
+        try:
+            if key == "device":
+                distributed.resolve_device(config.device)
+            elif not key.endswith("_path"):
+                typed.override(key, getattr(config, key))
+                setattr(config, key, getattr(typed, key))
+        except ValueError as error:
+            mistakes.append(str(error))
+        value, least, most = getattr(typed, key), LEAST.get(key, 0), MOST.get(key, math.inf)
+        numbers = [each for each in (value if isinstance(value, tuple) else [value]) if isinstance(each, int | float)]
+        if not all(least <= number <= most for number in numbers):
+            mistakes.append(f"configuration key {key!r} must be from {least} to {most}, got {value!r}")
     if config.checkpoint_every and not config.checkpoint_path:
         mistakes.append("checkpoint_every is set and checkpoint_path is not; set both or neither")
     if config.lr_schedule != "constant" and config.max_iters is None:
@@ -84,17 +75,6 @@ def check_config(config: CfgNode) -> None:
         mistakes.append("parallel = 'fsdp' splits the matrices that optimizer = 'muon' needs full; use adamw")
     if mistakes:
         raise ValueError("\n".join(mistakes))
-
-
-def _is_number(value: object, least: float, most: float = math.inf, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= cast(float, value) <= most
-
-
-def _is_device(value: Any) -> bool:
-    try:
-        return value == "auto" or bool(torch.device(value))
-    except (RuntimeError, TypeError):
-        return False
 
 
 class Trainer:
@@ -143,17 +123,17 @@ class Trainer:
             tensorboard_path: a folder for TensorBoard's events, where the package tensorboard is installed.
             progress: show a progress bar; "auto" shows it on a terminal.
         """
-        return CfgNode(
-            device="auto", num_workers=0, max_iters=None, batch_size=64,
-            learning_rate=3e-4, betas=(0.9, 0.95), weight_decay=0.1, grad_norm_clip=1.0,
-            optimizer="adamw", muon_learning_rate=5e-3, muon_momentum=0.95,
-            lr_schedule="constant", warmup_iters=0, decay_fraction=0.4, converged_loss=0.0,
-            precision="auto", compile=False, parallel="ddp",
-            checkpoint_path=None, checkpoint_every=None,
-            metrics_path=None, tensorboard_path=None, log_every=10, progress="auto",
-        ).close(progress=("auto", True, False), converged_loss=None)  # fmt: skip
+        loop = {"device": "auto", "num_workers": 0, "max_iters": None, "batch_size": 64}
+        adamw = {"learning_rate": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "grad_norm_clip": 1.0}
+        muon = {"optimizer": "adamw", "muon_learning_rate": 5e-3, "muon_momentum": 0.95}
+        schedule = {"lr_schedule": "constant", "warmup_iters": 0, "decay_fraction": 0.4, "converged_loss": 0.0}
+        hardware = {"precision": "auto", "compile": False, "parallel": "ddp"}
+        files = dict.fromkeys(("checkpoint_path", "checkpoint_every", "metrics_path", "tensorboard_path"))
+        config = CfgNode(**loop, **adamw, **muon, **schedule, **hardware, **files, log_every=10, progress="auto")
+        choices = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "precision": PRECISIONS}
+        return config.close(**choices, parallel=("ddp", "fsdp"), progress=("auto", True, False), converged_loss=None)
 
-    def __init__(self, config: CfgNode, model: nn.Module, train_dataset: MapDataset | BatchedDataset):
+    def __init__(self, config: CfgNode, model: nn.Module, train_dataset: AnyDataset):
         """Move the model to its device and get ready; ``run`` does the work.
 
         Args:
@@ -173,7 +153,7 @@ class Trainer:
         if config.batch_size < n_processes:
             raise ValueError(f"{n_processes} processes cannot share {config.batch_size} rows; raise batch_size")
         self._hints: dict[str, int] = {}  # padding is the same in every row, and only solutions are scored
-        if isinstance(model, GPT) and isinstance(train_dataset, CustomDataset | JointDataset):
+        if isinstance(model, GPT) and isinstance(train_dataset, CustomDataset | batches.JointDataset):
             train_dataset.check_fits(model.config.vocab_size, model.config.block_size)
             self._hints = {"n_shared": train_dataset.prefix_padding, "n_last": train_dataset.length}
         self.config, self.model, self.train_dataset = config, model.to(self.device), train_dataset
@@ -201,19 +181,16 @@ class Trainer:
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes, by the name a checkpoint keeps it under."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return dict(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
 
     def build_optimizer(self) -> torch.optim.Optimizer | ChainedOptimizer:
         """A fresh optimizer for the trainable parameters."""
         return build_optimizer(cast(GPT, self.model), self.config)
 
-    def set_mode(self) -> None:
-        """Put the model into the mode that it is trained in."""
-        self.model.train()
-
     def index_batches(self) -> Iterator[Sequence[Any]]:
         """For each iteration from ``iter_num`` on, what this process's batch is made of: indices into the dataset."""
-        n_examples = None if is_batched(self.train_dataset) else len(cast(MapDataset, self.train_dataset))
+        data = self.train_dataset
+        n_examples = None if batches.is_batched(data) else len(cast(batches.MapDataset, data))
         shard = distributed.rank(), distributed.world_size()
         return batches.index_batches(n_examples, self.config.batch_size, self.iter_num, self._data_seed, shard)
 
@@ -251,7 +228,7 @@ class Trainer:
         tensors = [*self.model.parameters(), *self.trained_tensors().values()]
         distributed.broadcast(tensor for tensor in tensors if not isinstance(tensor, DTensor))
         if config.checkpoint_path:  # a frozen model is hashed for it, so once a run
-            self._identity = json.loads(json.dumps(self.describe() | self.cache_key))  # lists, no tuples, as in a file
+            self._identity = self.describe() | self.cache_key
         self._forward = self._wrap_model()
         self.optimizer = cast(torch.optim.Optimizer, self.build_optimizer())
         for group in self.optimizer.param_groups:
@@ -260,7 +237,7 @@ class Trainer:
             torch.manual_seed(self._data_seed + distributed.rank())
         if config.checkpoint_path and distributed.run_on_main(lambda: Path(config.checkpoint_path).exists()):
             self._resume(config.checkpoint_path)
-        self.set_mode()
+        self.model.train(any(p.requires_grad for p in self.model.parameters()))  # a frozen one is without dropout
         with MetricsLogger(config, self.iter_num) as logger:
             self.iter_time = time.perf_counter()
             iterator = self._batches()
@@ -309,26 +286,20 @@ class Trainer:
         """What is called in the place of the model: it keeps the processes' gradients or parameters in step."""
         model, is_alone = self.model, distributed.world_size() == 1
         if self.config.parallel == "fsdp" and not is_alone:
-            fully_shard(cast(GPT, model), self.device.type)
+            fully_shard(model, cast(GPT, model).blocks, self.device.type)
         wrapped = torch.compile(model) if self.config.compile else model
         if is_alone or self.config.parallel == "fsdp" or not any(p.requires_grad for p in model.parameters()):
             return wrapped
         return nn.parallel.DistributedDataParallel(wrapped)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[batches.Batch]:
         """The batches from iteration ``iter_num`` on; which rows they hold does not depend on where it started."""
-        dataset, indices = self.train_dataset, self.index_batches()
-        if is_batched(dataset) and not self.config.num_workers:
+        dataset, indices = cast(Any, self.train_dataset), cast(Any, self.index_batches())
+        if batches.is_batched(self.train_dataset) and not self.config.num_workers:
             return (dataset.batch(each) for each in indices)
-        return iter(
-            torch.utils.data.DataLoader(
-                cast(torch.utils.data.Dataset[Batch], dataset),
-                batch_sampler=cast(Iterator[list[Any]], indices),
-                num_workers=self.config.num_workers,
-                generator=torch.Generator().manual_seed(self._data_seed),  # else it draws from the global one
-                pin_memory=self.device.type == "cuda",
-            )
-        )
+        generator = torch.Generator().manual_seed(self._data_seed)  # else it draws from the global one
+        options = {"num_workers": self.config.num_workers, "pin_memory": self.device.type == "cuda"}
+        return iter(torch.utils.data.DataLoader(dataset, batch_sampler=indices, generator=generator, **options))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -342,14 +313,15 @@ class Trainer:
             "recipe": recipe | {"precision": self.precision},
             "model": config.to_dict() if isinstance(config, CfgNode) else None,
             "data": data.describe() if is_described else {"type": type(data).__name__, "n_examples": n_examples},
+            "trained": {name: list(tensor.shape) for name, tensor in self.trained_tensors().items()},
         }
 
     def save(self) -> None:
         """Write all that the rest of the run depends on to ``checkpoint_path``; all processes must get here."""
         optimizer, skeleton = checkpoint.flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors = {f"trained.{name}": tensor for name, tensor in self.trained_tensors().items()} | optimizer
-        for number, states in enumerate(distributed.all_gather(self._rng_states())):
-            tensors |= {f"rng.{kind}{number or ''}": state for kind, state in states.items()}
+        for states in distributed.all_gather({name: rng.get_rng_state() for name, rng in self._rngs().items()}):
+            tensors |= states
         state = {"iter_num": self.iter_num, "seconds": self.seconds, "data_seed": self._data_seed}
         description = {"cache_key": self._identity, "state": state | {"optimizer": skeleton}}
         checkpoint.save_checkpoint(self.config.checkpoint_path, tensors | {"loss": self.loss}, description)
@@ -358,29 +330,23 @@ class Trainer:
         tensors, description = checkpoint.load_checkpoint(path)
         verify(path, description.get("cache_key"), self._identity)
         state = description["state"]
-        own = self.trained_tensors()
-        saved = {k.removeprefix("trained."): t for k, t in tensors.items() if k.startswith("trained.")}
-        shapes, own_shapes = ({name: list(t.shape) for name, t in each.items()} for each in (saved, own))
-        verify(path, {"trained": shapes}, {"trained": own_shapes})
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(distribute_like(saved[name], tensor))
+            for name, tensor in self.trained_tensors().items():
+                tensor.copy_(distribute_like(tensors[f"trained.{name}"], tensor))
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
         if self.config.parallel == "fsdp":
             for parameter, own in self.optimizer.state.items():
                 own |= {k: distribute_like(v, parameter) for k, v in own.items() if v.shape == parameter.shape}
         self.iter_num, self.seconds, self._data_seed = state["iter_num"], state["seconds"], state["data_seed"]
         self.loss = tensors["loss"].to(self.device)
-        number = distributed.rank() or ""
-        if f"rng.cpu{number}" in tensors:  # fewer processes may have saved it
-            torch.set_rng_state(tensors[f"rng.cpu{number}"])
-        if self.device.type == "cuda" and f"rng.cuda{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda{number}"])
+        for name, rng in self._rngs().items():
+            if name in tensors:  # fewer processes may have saved it
+                rng.set_rng_state(tensors[name])
 
-    def _rng_states(self) -> dict[str, Tensor]:
-        """The states of torch's generators in this process."""
-        states = {"cpu": torch.get_rng_state()}
-        return states | ({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
+    def _rngs(self) -> dict[str, Any]:
+        """The modules that hold the states of torch's generators, by what a checkpoint calls those of this process."""
+        rngs = {"cpu": torch} | ({"cuda": torch.cuda} if self.device.type == "cuda" else {})
+        return {f"rng.{kind}.{distributed.rank()}": rng for kind, rng in rngs.items()}
 
 
 class AdapterTrainer(Trainer):
@@ -392,9 +358,6 @@ class AdapterTrainer(Trainer):
     def build_optimizer(self) -> torch.optim.Optimizer:
         rate, betas = self.config.learning_rate, tuple(self.config.betas)
         return torch.optim.AdamW(self.trainable_parameters(), lr=rate, betas=betas, weight_decay=0.0)
-
-    def set_mode(self) -> None:
-        self.model.eval()
 
     def run(self) -> None:
         """Train; the model's weights get no gradient and do not change."""
@@ -416,7 +379,7 @@ class AdapterTrainer(Trainer):
 class LoRATrainer(AdapterTrainer):
     """Trains a LoRA that is attached to a frozen model."""
 
-    def __init__(self, config: CfgNode, model: GPT, train_dataset: MapDataset | BatchedDataset, lora: LoRA):
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: AnyDataset, lora: LoRA):
         """Get ready to train ``lora`` in place.
 
         Args:
@@ -442,20 +405,13 @@ class PrefixTrainer(AdapterTrainer):
     their gradients clipped one by one, so each ends as if it had been trained alone; with ``converged_loss``, those
     that have not converged share the rows of those that have.
 
-    A prefix tensor is trained in place. Where it is on another device than the model, a copy is trained on the model's,
-    and copied back before the callbacks of an iteration and whenever ``run`` ends; gradients are the copy's.
+    A prefix tensor is trained in place; as the model, it moves to the trainer's device.
 
     Attributes:
         prefixes: the tensor or the Reparametrization that was given.
     """
 
-    def __init__(
-        self,
-        config: CfgNode,
-        model: GPT,
-        train_dataset: CustomDataset | Sequence[CustomDataset],
-        prefixes: Tensor | Prefix | Reparametrization,
-    ):
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: AnyPrefix):
         """Get ready to train ``prefixes`` in place.
 
         Args:
@@ -470,73 +426,53 @@ class PrefixTrainer(AdapterTrainer):
             TypeError: if the prefix is no tensor, or a list holds anything but CustomDatasets.
             ValueError: if the prefix does not fit the model or its dataset, or as for ``Trainer``.
         """
-        data = JointDataset(train_dataset) if isinstance(train_dataset, Sequence) else train_dataset
+        data = batches.JointDataset(train_dataset if isinstance(train_dataset, Sequence) else [train_dataset])
         super().__init__(config, model, data)
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
             prefix = prefixes
         elif isinstance(prefixes, Reparametrization):
             prefix = Prefix("key_value", prefixes.to(self.device)().detach())
-        elif isinstance(data, JointDataset):
+        elif isinstance(train_dataset, Sequence):
             prefix = Prefix("activation", prefixes)
         else:
             prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
         prefix.check(n_layer, n_embd, prefix.n_prefixes)
-        n_datasets = len(data.datasets) if isinstance(data, JointDataset) else 1
+        n_datasets, padding = len(data.datasets), data.prefix_padding
         if prefix.n_prefixes != n_datasets:
             raise ValueError(f"{prefix.n_prefixes} prefixes for {n_datasets} datasets; give one prefix a dataset")
-        padding = getattr(data, "prefix_padding", prefix.n_placeholders)
         if padding < prefix.n_placeholders:
             raise ValueError(f"prefix_padding = {padding} is too short for {prefix.n_placeholders} prefix positions")
-        if config.converged_loss and (config.num_workers or not isinstance(data, JointDataset)):
-            raise ValueError(
-                "converged_loss needs a list of datasets and num_workers = 0: which rows are next depends on the losses"
-            )
+        if config.converged_loss and config.num_workers:
+            raise ValueError("converged_loss needs num_workers = 0: which rows are next depends on the losses")
         self._prefix = prefix  # its kind, placeholders and shape, which has the axis of K in front
-        self.prefixes = own = prefixes.values if isinstance(prefixes, Prefix) else prefixes
-        if isinstance(own, Tensor) and not (own.is_leaf and own.is_floating_point() and not own.is_meta):
-            raise ValueError(
-                "the prefix is trained in place, so it must be a leaf tensor of a floating dtype that has values; "
-                f"got {own.dtype} on {own.device}, is_leaf = {own.is_leaf}"
-            )
+        self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
+        if isinstance(self.prefixes, Tensor):
+            if not self.prefixes.is_leaf:
+                raise ValueError("the prefix is trained in place, so it must be a leaf tensor, got is_leaf = False")
+            self.prefixes.data = self.prefixes.data.to(self.device)
+            self.prefixes.requires_grad_()
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"kind": self._prefix.kind, "n_placeholders": self._prefix.n_placeholders}
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        return self._trained | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
+        own = self.prefixes
+        trained = {"prefixes": own} if isinstance(own, Tensor) else dict(own.named_parameters())
+        return trained | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
 
     def run(self) -> None:
         """Train the prefixes; the model's weights get no gradient and do not change."""
-        own = self.prefixes
-        self._trained = {"prefixes": self._on_device(own)} if isinstance(own, Tensor) else dict(own.named_parameters())
         # Each prefix's loss, smoothed from 1 nat on, so that none converges in the first iterations; 0 once it has.
         self._smoothed_loss = torch.ones(self._prefix.n_prefixes, device=self.device)
         self._share_rows()
-        try:
-            super().run()
-        finally:
-            self._write_back()
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """What is trained for the user's tensor: itself where it is on the trainer's device, else a copy there."""
-        moved = tensor.requires_grad_().to(self.device)
-        return moved if moved is tensor else moved.detach().requires_grad_()
-
-    @torch.no_grad()
-    def _write_back(self) -> None:
-        """Copy what was trained to the user's tensor, where it is another."""
-        if isinstance(self.prefixes, Tensor) and self.prefixes is not self._trained["prefixes"]:
-            self.prefixes.copy_(self._trained["prefixes"])
+        super().run()
 
     def is_finished(self) -> bool:
         return super().is_finished() or not self._numbers
 
     def index_batches(self) -> Iterator[Sequence[Any]]:
-        """As a Trainer's; for a list of datasets, (a dataset's number, its indices) for each prefix that learns."""
-        if not isinstance(self.train_dataset, JointDataset):
-            yield from super().index_batches()
-            return
+        """For each iteration, (a dataset's number, its indices) for each prefix that learns."""
         n_rows = self.config.batch_size * self._prefix.n_prefixes  # of the batch, whoever has them
         # Where rows are shared, a batch is numbered as if one dataset had all of it, so that no row is used twice.
         stride = n_rows if self.config.converged_loss else self.config.batch_size
@@ -547,7 +483,7 @@ class PrefixTrainer(AdapterTrainer):
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes that learn of each one's mean cross-entropy, in nats."""
-        values = self._trained["prefixes"] if isinstance(self.prefixes, Tensor) else self.prefixes()
+        values = self.prefixes if isinstance(self.prefixes, Tensor) else self.prefixes()
         values = values.view(self._prefix.values.shape).index_select(0, self._learning)
         logits, loss = self._forward(x, y, prefixes=replace(self._prefix, values=values), **self._hints)
         if self.config.converged_loss:
@@ -560,8 +496,6 @@ class PrefixTrainer(AdapterTrainer):
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         super()._step(x, y)
-        if self.callbacks:  # they may look at the user's tensor
-            self._write_back()
         if self.config.converged_loss and (self.iter_num + 1) % 10 == 0:  # seldom, a GPU has to be waited for
             converged = self._smoothed_loss < self.config.converged_loss
             self._smoothed_loss[converged] = 0

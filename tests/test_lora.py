@@ -24,7 +24,8 @@ def new_model(n_embd=16):
 
 def random_lora(model, **options):
     """One that does something."""
-    lora = LoRA(model, generator=torch.Generator().manual_seed(1), **options)
+    set_seed(1)
+    lora = LoRA(model, **options)
     with torch.no_grad():
         for b in lora.b:
             b.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
@@ -188,7 +189,8 @@ def test_training_learns_and_leaves_the_model_as_it_is():
     model = new_model(n_embd=32)
     data = {split: CustomDataset(split, [SortAscending()], LENGTH, NUM_DIGITS) for split in ("train", "test")}
     original = copy.deepcopy(model.state_dict())
-    lora = LoRA(model, rank=8, targets=".", generator=torch.Generator().manual_seed(0))
+    set_seed(0)
+    lora = LoRA(model, rank=8, targets=".")
     before = evaluate(model, data["test"], n_rows=200).accuracy
     LoRATrainer(small_config(400), model, data["train"], lora).run()
     after = evaluate(model, data["test"], n_rows=200).accuracy
@@ -222,5 +224,5 @@ def test_training_resumes_exactly(tmp_path):
     other = LoRATrainer(
         small_config(12, checkpoint_path=tmp_path / "parts.safetensors"), model, data, LoRA(model, 2, "attn")
     )
-    with pytest.raises(ValueError, match="field 'layers' is"):
+    with pytest.raises(ValueError, match=r"it was made with trained\.a"):
         other.run()

@@ -1,4 +1,4 @@
-"""The decode loop, greedy, sampled or by beams, over any ``mingpt.prefix.CausalModel``.
+"""The decode loop, greedy, sampled or by beams.
 
 Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W beams.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,15 @@ from mingpt.decoding.logits_processors import (
     describe_row,
 )
 from mingpt.kv_cache import Cache, KVCache, n_positions
-from mingpt.prefix import CausalModel, Prefix, Record, as_prefix, check_tokens
+from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
+
+if TYPE_CHECKING:
+    from mingpt.model import GPT
 
 
 @torch.no_grad()
 def generate(
-    model: CausalModel,
+    model: GPT,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -120,7 +124,7 @@ def generate(
 
 @torch.no_grad()
 def beam_search(
-    model: CausalModel,
+    model: GPT,
     idx: Tensor,
     max_new_tokens: int,
     n_beams: int,
@@ -184,7 +188,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: CausalModel,
+        model: GPT,
         idx: Tensor,
         n_new: int,
         prefixes: Tensor | Prefix | None,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -93,11 +94,7 @@ def run_on_main(function: Callable[[], T]) -> T:
     Raises:
         OtherProcessError: on the other processes, with the text of what the function raised on the main one.
     """
-    outcome, error = _attempt(function) if is_main() else ((None, None), None)
-    outcomes = [outcome]
-    if world_size() > 1:
-        dist.broadcast_object_list(outcomes)
-    return _results(outcomes, error)[0]
+    return _call_on_all(function if is_main() else lambda: None)[0]
 
 
 def all_gather(value: T) -> list[T]:
@@ -120,27 +117,20 @@ def map_over_ranks(jobs: Mapping[Any, Callable[[], T]]) -> dict[Any, T]:
     from tqdm import tqdm
 
     own = tqdm(list(jobs)[rank() :: world_size()], disable=None if is_main() else True, unit="job")
-    outcome, error = _attempt(lambda: {name: jobs[name]() for name in own})
-    results = {name: result for part in _results(all_gather(outcome), error) for name, result in part.items()}
+    results = ChainMap(*_call_on_all(lambda: {name: jobs[name]() for name in own}))
     return {name: results[name] for name in jobs}
 
 
-Outcome = tuple[Any, str | None]
-"""What a function returned, or the text of what it raised."""
-
-
-def _attempt(function: Callable[[], Any]) -> tuple[Outcome, Exception | None]:
-    """Call a function, and keep what it raised until the processes have met."""
+def _call_on_all(function: Callable[[], Any]) -> list[Any]:
+    """What each process's function returns, on every process; or an error on all of them, where one has failed."""
+    result, error = None, None
     try:
-        return (function(), None), None
-    except Exception as error:
-        return (None, f"{type(error).__name__}: {error}"), error
-
-
-def _results(outcomes: Sequence[Outcome], own_error: Exception | None) -> list[Any]:
-    """What the processes' functions returned; raises what this one raised, or says what another one did."""
-    if own_error is not None:
-        raise own_error
+        result = function()
+    except Exception as raised:  # kept until the processes have met
+        error = raised
+    outcomes = all_gather((result, error and f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
     for number, (_, text) in enumerate(outcomes):
         if text is not None:
             raise OtherProcessError(f"process {number} failed: {text}")

@@ -7,20 +7,16 @@ not know. Such a module is one that computes with its own parameters in ``forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from mingpt.distributed.process_group import world_size
 from mingpt.utils import match_rules
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from mingpt.model import GPT
 
 Rules = Sequence[tuple[str, Placement]]
 """(regular expression, placement) pairs: the first whose expression is found in a parameter's name holds for it."""
@@ -54,13 +50,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
     rule_of = match_rules((pattern for pattern, _ in rules), names, "parameter")
 
     def to_mesh(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            DTensor.from_local(each, mesh, [Replicate()], run_check=False) if isinstance(each, torch.Tensor) else each
-            for each in inputs
-        )
-
-    def gather(_: nn.Module, __: Any, output: DTensor) -> torch.Tensor:
-        return output.full_tensor()
+        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
 
     for owner, module in model.named_modules():
         own = dict(module.named_parameters(prefix=owner, recurse=False))
@@ -71,20 +61,18 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
             split = distribute_tensor(parameter.detach(), mesh, [placement])
             module.register_parameter(name.rpartition(".")[2], nn.Parameter(split, requires_grad=False))
         module.register_forward_pre_hook(to_mesh)
-        module.register_forward_hook(gather)
+        module.register_forward_hook(lambda _, __, output: output.full_tensor())
 
 
-def fully_shard(model: GPT, device_type: str) -> None:
+def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> None:
     """Split every parameter of a GPT over all processes, block by block, for training (FSDP2); once is enough."""
     if isinstance(next(model.parameters()), DTensor):
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard as shard_module
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed import fsdp
 
     mesh = init_device_mesh(device_type, (world_size(),))
-    for block in model.blocks:
-        shard_module(block, mesh=mesh)
-        register_fsdp_forward_method(block, "keys_values")
-    shard_module(model, mesh=mesh)
-    register_fsdp_forward_method(model, "forward_cached")
+    for block in blocks:
+        fsdp.fully_shard(block, mesh=mesh)
+        fsdp.register_fsdp_forward_method(block, "keys_values")
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.register_fsdp_forward_method(model, "forward_cached")

@@ -28,7 +28,7 @@ from mingpt.datasets import CustomDataset
 from mingpt.distributed import resolve_device, run_on_main
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import N_AXES, Prefix, Reparametrization, initial_prefix
+from mingpt.prefix import AXES, Prefix, Reparametrization, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
 from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
 from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
@@ -183,7 +183,7 @@ def train_prefixes(
     """
     folder, tasks, model_hash = Path(run) / name, list(dict.fromkeys(tasks)), weights_hash(model)
     size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
-    inits = list(init) if isinstance(init, Tensor) and init.ndim > N_AXES[kind] else [init] * len(tasks)
+    inits = list(init) if isinstance(init, Tensor) and init.ndim > len(AXES[kind]) else [init] * len(tasks)
     shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": model_hash}
     # Where a converged prefix gives its rows to the others, each depends on which were trained with it.
     shared["trained_with"] = [str(task) for task in tasks] if config.prefix.converged_loss else None
