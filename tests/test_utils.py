@@ -134,7 +134,7 @@ def test_override():
 def make_typed():
     """A key of every type."""
     return CfgNode(
-        flag=False, count=4, rate=0.5, name="adamw", path=None, betas=(0.9, 0.95), layers=[1], gelu="none", bar="auto"
+        flag=False, count=4, rate=0.5, name="adamw", path=None, betas=(0.9, 0.95), gelu="none", bar="auto"
     ).close(bar=("auto", True, False))
 
 
@@ -146,8 +146,6 @@ def make_typed():
         ("flag=false", False),
         ("flag=False", False),
         ("count=-3", -3),
-        ("count=1e3", 1000),
-        ("count=2.0", 2),
         ("rate=2", 2.0),
         ("rate=1e-3", 1e-3),
         ("name=muon", "muon"),
@@ -159,9 +157,7 @@ def make_typed():
         ("path=none", None),
         ("path=3", 3),
         ("path=true", True),
-        ("betas=[1, 0.5]", (1.0, 0.5)),
-        ("layers=(3, 4)", [3, 4]),
-        ("layers=[]", []),
+        ("betas=[1, 0.5]", (1, 0.5)),
         ("bar=auto", "auto"),
         ("bar=false", False),
         ("bar=True", True),
@@ -183,16 +179,14 @@ def test_an_override_is_read_in_the_type_of_the_default(argument, value):
         ("flag=none", "true or false"),
         ("count=abc", "an integer"),
         ("count=1.5", "an integer"),
+        ("count=1e3", "an integer"),
         ("count=true", "an integer"),
         ("count=none", "an integer"),
         ("count=1e999", "an integer"),
         ("rate=abc", "a number"),
         ("rate=false", "a number"),
         ("rate=[1]", "a number"),
-        ("betas=0.5", "a tuple such as (0.9, 0.95)"),
-        ("betas=(0.5,)", "a tuple such as (0.9, 0.95)"),
-        ("betas=('a', 'b')", "a tuple such as (0.9, 0.95)"),
-        ("layers=3", "a list such as [1]"),
+        ("betas=0.5", "a list of values"),
         ("bar=yes", "one of auto, True, False"),
         ("bar=1", "one of auto, True, False"),
     ],
@@ -225,15 +219,13 @@ def test_the_defaults_of_the_package_are_typed():
             config.merge_from_args([f"--trainer.batch_size={text}"])
 
 
-def test_a_key_without_a_default_keeps_the_type_that_it_was_given():
+def test_a_key_without_a_default_takes_anything():
+    """What uses it checks it, as ``trainer.check_config`` does."""
     config = CfgNode(max_iters=None, path=None).close()
     config.max_iters, config.path = 700, "runs/0"  # as a preset does
-    for text, value in (("1e3", 1000), ("none", None)):
-        config.merge_from_args([f"--max_iters={text}", "--path=3"])
-        assert (config.max_iters, config.path) == (value, "3")
-    config.max_iters = 700
-    with pytest.raises(ValueError, match="'max_iters' takes an integer or none, got 'abc'"):
-        config.merge_from_args(["--max_iters=abc"])
+    for text, value in (("30", 30), ("none", None), ("abc", "abc")):
+        config.merge_from_args([f"--max_iters={text}", f"--path={text}"])
+        assert (config.max_iters, config.path) == (value, value)
 
 
 def test_a_key_can_be_declared_to_take_none():
@@ -245,7 +237,7 @@ def test_a_key_can_be_declared_to_take_none():
     assert config.rate is None
     config.merge_from_args(["--rate=2"])
     assert type(config.rate) is float
-    with pytest.raises(ValueError, match="'rate' takes a number or none, got 'abc'"):
+    with pytest.raises(ValueError, match="'rate' takes a number, got 'abc'"):
         config.merge_from_args(["--rate=abc"])
     with pytest.raises(ValueError, match="'other' takes a number, got None"):
         config.merge_from_args(["--other=none"])
@@ -299,7 +291,7 @@ def test_update_from_reads_what_json_keeps():
         ({"model": {"n_layer": "3"}}, r"runs/0/config.json, model, n_layer = '3': .*'n_layer' takes an integer"),
         ({"extra": {"a": 1}}, r"runs/0/config.json, extra = {'a': 1}: unknown"),
         ({"model": 3}, r"runs/0/config.json, model = 3: .* is a group"),
-        ({"betas": {"a": 1}}, r"betas = {'a': 1}: .*a tuple such as"),
+        ({"betas": {"a": 1}}, r"betas = {'a': 1}: .*a list of values"),
         ({"_defaults": {}}, "unknown configuration key '_defaults'"),
     ],
 )
