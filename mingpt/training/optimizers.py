@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from mingpt.model import GPT
 from mingpt.utils import CfgNode
 
-OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
-
-
-class ConfiguresOptimizers(Protocol):
-    """What ``build_optimizer`` needs of a model, minGPT's hook."""
-
-    def configure_optimizers(self, train_config: CfgNode, /) -> Optimizer:
-        """An optimizer of all parameters, with the learning rate, betas and weight decay of the configuration."""
-        ...
 
 
 class Muon(Optimizer):
@@ -103,25 +95,26 @@ class ChainedOptimizer:
             optimizer.load_state_dict(own)
 
 
-def build_optimizer(model: ConfiguresOptimizers, config: CfgNode) -> Optimizer | ChainedOptimizer:
+def build_optimizer(model: GPT, config: CfgNode) -> Optimizer | ChainedOptimizer:
     """The optimizer that ``config.optimizer`` names.
 
     "adamw" is the model's own ``configure_optimizers`` (minGPT's hook). "muon" updates the matrices of the
     transformer's blocks with Muon, at ``config.muon_learning_rate`` with ``config.muon_momentum``, and the rest as
     "adamw" does.
 
+    Args:
+        model: a GPT; for "adamw" any module with that hook.
+        config: one that ``mingpt.trainer.check_config`` accepts.
+
     Raises:
-        ValueError: for another name, or "muon" and a model without ``transformer.h``, a GPT's blocks.
+        ValueError: for "muon" and a model that is no GPT.
     """
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {config.optimizer!r}; choose {' or '.join(OPTIMIZERS)}")
     optimizer = model.configure_optimizers(config)
     if config.optimizer == "adamw":
         return optimizer
-    blocks = getattr(getattr(model, "transformer", None), "h", None)
-    if not isinstance(blocks, nn.Module):
+    if not isinstance(model, GPT):
         raise ValueError(f"optimizer = 'muon' is for a GPT's blocks, {type(model).__name__} has none; use adamw")
-    matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    matrices = [module.weight for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
     chosen = set(matrices)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in chosen]
@@ -135,18 +128,11 @@ def learning_rate_factor(iteration: int, config: CfgNode) -> float:
     Args:
         iteration: counts from 0.
         config: has lr_schedule ("constant", "linear" or "cosine", the shape of the decay), warmup_iters,
-            decay_fraction (the last share of the run, over which it decays) and max_iters.
-
-    Raises:
-        ValueError: for an unknown schedule, or a decay without max_iters.
+            decay_fraction (the last share of the run, over which it decays) and max_iters, where the decay ends.
     """
-    if config.lr_schedule not in SCHEDULES:
-        raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}; choose one of {', '.join(SCHEDULES)}")
     factor = min(1.0, (iteration + 1) / (config.warmup_iters + 1))
     if config.lr_schedule == "constant":
         return factor
-    if config.max_iters is None:
-        raise ValueError(f"lr_schedule = {config.lr_schedule!r} needs max_iters, the end of the decay")
     n_decay = max(1.0, config.max_iters * config.decay_fraction)
     left = min(1.0, (config.max_iters - iteration) / n_decay)
     return factor * (left if config.lr_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))

@@ -184,17 +184,12 @@ def test_muons_update_has_the_size_of_adamws():
             assert 0.13 * 0.1 < (parameter - before[name]).square().mean().sqrt() < 0.27 * 0.1, name
 
 
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match=r"'sgd'.*adamw.*muon"):
-        build_optimizer(new_model(), new_config(optimizer="sgd"))
-
-
 def test_muon_needs_a_models_blocks():
     class Other(nn.Linear):
         def configure_optimizers(self, config):
             return torch.optim.AdamW(self.parameters())
 
-    with pytest.raises((ValueError, TypeError), match="muon"):
+    with pytest.raises(ValueError, match="muon"):
         build_optimizer(Other(2, 2), new_config(optimizer="muon"))
 
 
@@ -252,14 +247,6 @@ def test_no_warm_up_starts_at_the_top():
 def test_a_constant_rate_needs_no_end():
     config = new_config(warmup_iters=1)
     assert [learning_rate_factor(i, config) for i in (0, 1, 10**9)] == [0.5, 1.0, 1.0]
-
-
-def test_bad_schedules_are_named():
-    with pytest.raises(ValueError, match=r"'step'.*constant, linear, cosine"):
-        learning_rate_factor(0, new_config(lr_schedule="step", max_iters=3))
-    for name in ("linear", "cosine"):
-        with pytest.raises(ValueError, match="max_iters"):
-            learning_rate_factor(0, new_config(lr_schedule=name))
 
 
 # ----------------------------------------------------------------------------------------------------- precision
