@@ -13,7 +13,7 @@ import textwrap
 import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,8 @@ class CfgNode:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._defaults is not None and name not in self.__dict__:
-            known = self.to_dict()
-            warnings.warn(
-                f"unknown configuration key {name!r} has no effect{nearest(name, known)}. Known: {', '.join(known)}",
-                stacklevel=2,
-            )
+            known = f"{nearest(name, self._defaults)}. Known: {', '.join(self._defaults)}"
+            warnings.warn(f"unknown configuration key {name!r} has no effect{known}", stacklevel=2)
         self.__dict__[name] = value
 
     def __getattr__(self, name: str) -> Any:
@@ -125,9 +122,6 @@ class CfgNode:
         return isinstance(other, CfgNode) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        return f"CfgNode({', '.join(f'{k}={v!r}' for k, v in self._items())})"
-
-    def __str__(self) -> str:
         return "".join(
             f"{key}:\n{textwrap.indent(str(value), '    ')}" if isinstance(value, CfgNode) else f"{key}: {value}\n"
             for key, value in self._items()
@@ -152,23 +146,22 @@ class CfgNode:
     def override(self, key: str, value: Any) -> None:
         """Set a dotted key that must exist, ``override("trainer.max_iters", 10)``.
 
-        The value is stored in the type of the key's default: an integer becomes a float where the default is one, a
-        list a tuple. A key whose default is None or text takes None too.
+        The value is stored in the type of the key's default, or of its value where the default is None: an integer
+        becomes a float, an integral float an integer, a list a tuple. A key whose default is None or text takes None.
 
         Raises:
             ValueError: for an unknown key, with the nearest known one, or a value of another type.
         """
-        node, leaf, default = self._find(key)
-        choices, (kind, expected) = node._choices.get(leaf, ()), _KINDS.get(type(default), (object, "anything"))
-        if choices:
-            is_right, expected = repr(value) in map(repr, choices), f"one of {', '.join(map(str, choices))}"
-        elif value is None:
-            is_right = choices is None or default is None or kind is str
-        else:
-            is_right = isinstance(value, kind) and (kind in (object, bool) or not isinstance(value, bool))
-            value = type(default)(value) if is_right and kind is not object else value
-        if not is_right:
-            raise ValueError(f"configuration key {key!r} takes {expected}, got {value!r}")
+        node, leaf, default, takes_none = self._find(key)
+        choices = node._choices.get(leaf)
+        try:
+            if choices:
+                value = next(choice for choice in choices if repr(choice) == repr(value))
+            elif value is not None or not takes_none:
+                value = _of_type(value, default)
+        except (StopIteration, TypeError, ValueError):
+            expected = f"one of {', '.join(map(str, choices))}" if choices else _NAMES.get(type(default))
+            raise ValueError(f"configuration key {key!r} takes {expected}, got {value!r}") from None
         node.__dict__[leaf] = value
 
     def merge_from_args(self, args: Iterable[str]) -> None:
@@ -185,53 +178,60 @@ class CfgNode:
             key, equals, text = arg.partition("=")
             if not equals or not key.startswith("--"):
                 raise ValueError(f"expected an override of the form --key=value, got {arg!r}")
-            node, leaf, default = self._find(key[2:])
+            node, leaf, default, _ = self._find(key[2:])
             is_text = isinstance(default, str) and leaf not in node._choices and text != "None"
             self.override(key[2:], text if is_text else parse_value(text))
 
-    def update_from(self, values: Mapping[str, Any], source: str) -> None:
+    def update_from(self, values: Mapping[str, Any], source: str, group: str = "") -> None:
         """Set the keys of nested dictionaries, as a saved configuration has them; other keys keep their values.
 
         Args:
             values: as ``to_dict`` gives them, also after a journey through JSON.
             source: where they come from, for error messages.
+            group: what each key begins with, such as "trainer.".
 
         Raises:
             ValueError: for an unknown key or a value of another type, naming ``source``, the key and the value.
         """
         for key, value in values.items():
-            group = self.__dict__.get(key)
-            if isinstance(group, CfgNode) and isinstance(value, Mapping):
-                group.update_from(value, f"{source}, {key}")
+            if isinstance(value, Mapping):
+                self.update_from(value, source, f"{group}{key}.")
                 continue
             try:
-                self.override(key, value)
+                self.override(f"{group}{key}", value)
             except ValueError as error:
-                raise ValueError(f"{source}, {key} = {value!r}: {error}") from None
+                raise ValueError(f"{source}: {error}") from None
 
-    def _find(self, key: str) -> tuple[CfgNode, str, Any]:
-        """The node that a dotted key is in, the key's last part, and its default; in an open node its value."""
+    def _find(self, key: str) -> tuple[CfgNode, str, Any, bool]:
+        """The node that a dotted key is in, the key's last part, a value of its type, and whether it takes None."""
         node, value, name = self, self, ""
         for name in key.split("."):
             known = value.to_dict() if isinstance(value, CfgNode) else {}
             if name not in known:
-                raise ValueError(
-                    f"unknown configuration key {key!r}{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
-                )
+                here = f"{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
+                raise ValueError(f"unknown configuration key {key!r}{here}")
             node, value = value, getattr(value, name)
         if isinstance(value, CfgNode):
             raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(value.to_dict())}")
-        return node, name, (node._defaults or node.__dict__).get(name)
+        declared = (node._defaults or node.__dict__).get(name)
+        takes_none = isinstance(declared, str | None) or node._choices.get(name, ()) is None
+        return node, name, value if declared is None else declared, takes_none
 
 
-_KINDS: dict[type, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    int: (Integral, "an integer"),
-    float: (Real, "a number"),
-    str: (str, "text"),
-    tuple: (list | tuple, "a list of values"),
-}
-"""The values that a key of a default's type takes, and what an error calls them."""
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list of as many values"}
+
+
+def _of_type(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``; a TypeError or ValueError where that would lose something."""
+    kind = type(default)
+    if kind is tuple:
+        return tuple(_of_type(*pair) for pair in zip(value, default, strict=True))
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and (kind is float or (kind is int and value % 1 == 0)):
+        return kind(value)
+    if kind not in (type(value), type(None)):
+        raise TypeError
+    return value
 
 
 def parse_value(text: str) -> Any:
