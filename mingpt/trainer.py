@@ -29,7 +29,7 @@ from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
 from mingpt.training import batches
 from mingpt.training.metrics import RUNTIME_KEYS, MetricsLogger
-from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, ChainedOptimizer, build_optimizer, learning_rate_factor
+from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.utils import CfgNode
 
@@ -183,7 +183,7 @@ class Trainer:
         """What training changes, by the name a checkpoint keeps it under."""
         return dict(itertools.chain(self.model.named_parameters(), self.model.named_buffers()))
 
-    def build_optimizer(self) -> torch.optim.Optimizer | ChainedOptimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer:
         """A fresh optimizer for the trainable parameters."""
         return build_optimizer(cast(GPT, self.model), self.config)
 
@@ -230,7 +230,7 @@ class Trainer:
         if config.checkpoint_path:  # a frozen model is hashed for it, so once a run
             self._identity = self.describe() | self.cache_key
         self._forward = self._wrap_model()
-        self.optimizer = cast(torch.optim.Optimizer, self.build_optimizer())
+        self.optimizer = self.build_optimizer()
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         if distributed.rank():  # each process has its own dropout

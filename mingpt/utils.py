@@ -6,7 +6,6 @@ import copy
 import difflib
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -14,6 +13,8 @@ import textwrap
 import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,10 @@ def setup_logging(config: CfgNode) -> None:
     Args:
         config: has ``system.work_dir``, the folder to write ``args.txt`` and ``config.json`` to.
     """
-    work_dir = config.system.work_dir
-    os.makedirs(work_dir, exist_ok=True)
-    with open(os.path.join(work_dir, "args.txt"), "w") as file:
-        file.write(" ".join(sys.argv))
-    with open(os.path.join(work_dir, "config.json"), "w") as file:
-        json.dump(config.to_dict(), file, indent=4)
+    work_dir = Path(config.system.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    (work_dir / "args.txt").write_text(" ".join(sys.argv))
+    (work_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=4))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -94,9 +93,7 @@ class CfgNode:
     """
 
     def __init__(self, **kwargs: Any):
-        self.__dict__["_defaults"] = None  # the values when the node was closed
-        self.__dict__["_choices"] = {}
-        self.__dict__.update(kwargs)
+        self.__dict__.update(_defaults=None, _choices={}, **kwargs)  # the defaults are the values when it was closed
 
     def close(self, **choices: Sequence[Any] | None) -> CfgNode:
         """Fix the set of keys and their defaults; a new key set after this is warned about.
@@ -104,7 +101,7 @@ class CfgNode:
         Args:
             choices: the only values that some keys take, ``close(progress=("auto", True, False))``. Any other key
                 takes values of its default's type, and any value where the default is None. ``close(rate=None)`` says
-                that a key takes None too although its default is something else.
+                that a key takes None too although its default is a number.
 
         Returns:
             The node itself.
@@ -114,25 +111,17 @@ class CfgNode:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._defaults is not None and name not in self.__dict__:
-            known = self.to_dict()
-            warnings.warn(
-                f"unknown configuration key {name!r} has no effect{nearest(name, known)}. Known: {', '.join(known)}",
-                stacklevel=2,
-            )
+            known = f"{nearest(name, self._defaults)}. Known: {', '.join(self._defaults)}"
+            warnings.warn(f"unknown configuration key {name!r} has no effect{known}", stacklevel=2)
         self.__dict__[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copy and pickle ask for these before there are any keys
-            raise AttributeError(name)
         raise AttributeError(f"the configuration has no key {name!r}{nearest(name, self.__dict__)}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CfgNode) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        return f"CfgNode({', '.join(f'{k}={v!r}' for k, v in self._items())})"
-
-    def __str__(self) -> str:
         return "".join(
             f"{key}:\n{textwrap.indent(str(value), '    ')}" if isinstance(value, CfgNode) else f"{key}: {value}\n"
             for key, value in self._items()
@@ -157,23 +146,21 @@ class CfgNode:
     def override(self, key: str, value: Any) -> None:
         """Set a dotted key that must exist, ``override("trainer.max_iters", 10)``.
 
-        The value is stored in the type of the key's default: an integer becomes a float where the default is one, an
-        integral float an integer, a list a tuple.
+        The value is stored in the type of the key's default, or of its value where the default is None: an integer
+        becomes a float, an integral float an integer, a list a tuple. A key whose default is None or text takes None.
 
         Raises:
             ValueError: for an unknown key, with the nearest known one, or a value of another type.
         """
-        node, leaf = self._find(key)
-        default, none_words = node._default(leaf)
+        node, leaf, default, takes_none = self._find(key)
         choices = node._choices.get(leaf)
         try:
-            if choices is not None:
-                value = next(choice for choice in choices if type(choice) is type(value) and choice == value)
-            elif value is not None or not none_words:
+            if choices:
+                value = next(choice for choice in choices if repr(choice) == repr(value))
+            elif value is not None or not takes_none:
                 value = _of_type(value, default)
-        except (TypeError, StopIteration):
-            expected = f"one of {', '.join(map(str, choices))}" if choices else _type_name(default)
-            expected += " or none" if "none" in none_words else ""
+        except (StopIteration, TypeError, ValueError):
+            expected = f"one of {', '.join(map(str, choices))}" if choices else _NAMES.get(type(default))
             raise ValueError(f"configuration key {key!r} takes {expected}, got {value!r}") from None
         node.__dict__[leaf] = value
 
@@ -191,79 +178,60 @@ class CfgNode:
             key, equals, text = arg.partition("=")
             if not equals or not key.startswith("--"):
                 raise ValueError(f"expected an override of the form --key=value, got {arg!r}")
-            node, leaf = self._find(key[2:])
-            default, none_words = node._default(leaf)
-            if choices := node._choices.get(leaf):
-                value = {str(choice).lower(): choice for choice in choices}.get(text.lower(), text)
-            elif text in none_words:
-                value = None
-            else:
-                value = text if isinstance(default, str) else parse_value(text)
-            self.override(key[2:], value)
+            node, leaf, default, _ = self._find(key[2:])
+            is_text = isinstance(default, str) and leaf not in node._choices and text != "None"
+            self.override(key[2:], text if is_text else parse_value(text))
 
-    def update_from(self, values: Mapping[str, Any], source: str) -> None:
+    def update_from(self, values: Mapping[str, Any], source: str, group: str = "") -> None:
         """Set the keys of nested dictionaries, as a saved configuration has them; other keys keep their values.
 
         Args:
             values: as ``to_dict`` gives them, also after a journey through JSON.
             source: where they come from, for error messages.
+            group: what each key begins with, such as "trainer.".
 
         Raises:
             ValueError: for an unknown key or a value of another type, naming ``source``, the key and the value.
         """
         for key, value in values.items():
-            group = self.__dict__.get(key)
-            if isinstance(group, CfgNode) and isinstance(value, Mapping):
-                group.update_from(value, f"{source}, {key}")
+            if isinstance(value, Mapping):
+                self.update_from(value, source, f"{group}{key}.")
                 continue
             try:
-                self.override(key, value)
+                self.override(f"{group}{key}", value)
             except ValueError as error:
-                raise ValueError(f"{source}, {key} = {value!r}: {error}") from None
+                raise ValueError(f"{source}: {error}") from None
 
-    def _find(self, key: str) -> tuple[CfgNode, str]:
-        """The node that a dotted key is in, and the key's last part."""
-        parent, node, leaf = self, self, key.rpartition(".")[2]
+    def _find(self, key: str) -> tuple[CfgNode, str, Any, bool]:
+        """The node that a dotted key is in, the key's last part, a value of its type, and whether it takes None."""
+        node, value, name = self, self, ""
         for name in key.split("."):
-            known = node.to_dict() if isinstance(node, CfgNode) else {}
+            known = value.to_dict() if isinstance(value, CfgNode) else {}
             if name not in known:
-                raise ValueError(
-                    f"unknown configuration key {key!r}{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
-                )
-            parent, node = node, getattr(node, name)
-        if isinstance(node, CfgNode):
-            raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(node.to_dict())}")
-        return parent, leaf
+                here = f"{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
+                raise ValueError(f"unknown configuration key {key!r}{here}")
+            node, value = value, getattr(value, name)
+        if isinstance(value, CfgNode):
+            raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(value.to_dict())}")
+        declared = (node._defaults or node.__dict__).get(name)
+        takes_none = isinstance(declared, str | None) or node._choices.get(name, ()) is None
+        return node, name, value if declared is None else declared, takes_none
 
-    def _default(self, leaf: str) -> tuple[Any, tuple[str, ...]]:
-        """A value of the key's type, None where any will do, and the texts that mean None for this key."""
-        value = getattr(self, leaf)
-        default = (self._defaults or {}).get(leaf, value)
-        if default is None or self._choices.get(leaf, ()) is None:
-            return value if default is None else default, ("none", "None")
-        return default, ("None",) if isinstance(default, str) else ()
+
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list of as many values"}
 
 
 def _of_type(value: Any, default: Any) -> Any:
-    """``value`` in the type of ``default``; a TypeError where that would lose something."""
-    value = value.item() if isinstance(value, np.generic) else value
-    match default, value:
-        case (int() | float(), int() | float()) if not isinstance(default, bool) and not isinstance(value, bool):
-            if isinstance(default, float) or value == value // 1:
-                return type(default)(value)
-        case (tuple(), list() | tuple()):
-            if len(default) == len(value):
-                return tuple(map(_of_type, value, default))
-        case (list(), tuple()):
-            return list(value)
-        case _ if default is None or type(value) is type(default):
-            return value
-    raise TypeError
-
-
-def _type_name(default: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    return names.get(type(default), f"a {type(default).__name__} such as {default!r}")
+    """``value`` in the type of ``default``; a TypeError or ValueError where that would lose something."""
+    kind = type(default)
+    if kind is tuple:
+        return tuple(_of_type(*pair) for pair in zip(value, default, strict=True))
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and (kind is float or (kind is int and value % 1 == 0)):
+        return kind(value)
+    if kind not in (type(value), type(None)):
+        raise TypeError
+    return value
 
 
 def parse_value(text: str) -> Any:

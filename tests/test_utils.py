@@ -134,7 +134,7 @@ def test_override():
 def make_typed():
     """A key of every type."""
     return CfgNode(
-        flag=False, count=4, rate=0.5, name="adamw", path=None, betas=(0.9, 0.95), layers=[1], gelu="none", bar="auto"
+        flag=False, count=4, rate=0.5, name="adamw", path=None, betas=(0.9, 0.95), gelu="none", bar="auto"
     ).close(bar=("auto", True, False))
 
 
@@ -160,8 +160,6 @@ def make_typed():
         ("path=3", 3),
         ("path=true", True),
         ("betas=[1, 0.5]", (1.0, 0.5)),
-        ("layers=(3, 4)", [3, 4]),
-        ("layers=[]", []),
         ("bar=auto", "auto"),
         ("bar=false", False),
         ("bar=True", True),
@@ -189,10 +187,9 @@ def test_an_override_is_read_in_the_type_of_the_default(argument, value):
         ("rate=abc", "a number"),
         ("rate=false", "a number"),
         ("rate=[1]", "a number"),
-        ("betas=0.5", "a tuple such as (0.9, 0.95)"),
-        ("betas=(0.5,)", "a tuple such as (0.9, 0.95)"),
-        ("betas=('a', 'b')", "a tuple such as (0.9, 0.95)"),
-        ("layers=3", "a list such as [1]"),
+        ("betas=0.5", "a list of as many values"),
+        ("betas=(0.5,)", "a list of as many values"),
+        ("betas=('a', 'b')", "a list of as many values"),
         ("bar=yes", "one of auto, True, False"),
         ("bar=1", "one of auto, True, False"),
     ],
@@ -232,7 +229,7 @@ def test_a_key_without_a_default_keeps_the_type_that_it_was_given():
         config.merge_from_args([f"--max_iters={text}", "--path=3"])
         assert (config.max_iters, config.path) == (value, "3")
     config.max_iters = 700
-    with pytest.raises(ValueError, match="'max_iters' takes an integer or none, got 'abc'"):
+    with pytest.raises(ValueError, match="'max_iters' takes an integer, got 'abc'"):
         config.merge_from_args(["--max_iters=abc"])
 
 
@@ -245,7 +242,7 @@ def test_a_key_can_be_declared_to_take_none():
     assert config.rate is None
     config.merge_from_args(["--rate=2"])
     assert type(config.rate) is float
-    with pytest.raises(ValueError, match="'rate' takes a number or none, got 'abc'"):
+    with pytest.raises(ValueError, match="'rate' takes a number, got 'abc'"):
         config.merge_from_args(["--rate=abc"])
     with pytest.raises(ValueError, match="'other' takes a number, got None"):
         config.merge_from_args(["--other=none"])
@@ -295,12 +292,12 @@ def test_update_from_reads_what_json_keeps():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {"n_layers": 3}}, r"runs/0/config.json, model, n_layers = 3: .*did you mean 'n_layer'"),
-        ({"model": {"n_layer": "3"}}, r"runs/0/config.json, model, n_layer = '3': .*'n_layer' takes an integer"),
-        ({"extra": {"a": 1}}, r"runs/0/config.json, extra = {'a': 1}: unknown"),
-        ({"model": 3}, r"runs/0/config.json, model = 3: .* is a group"),
-        ({"betas": {"a": 1}}, r"betas = {'a': 1}: .*a tuple such as"),
-        ({"_defaults": {}}, "unknown configuration key '_defaults'"),
+        ({"model": {"n_layers": 3}}, r"runs/0/config.json: .*'model.n_layers'.*did you mean 'n_layer'"),
+        ({"model": {"n_layer": "3"}}, r"runs/0/config.json: .*'model.n_layer' takes an integer, got '3'"),
+        ({"extra": {"a": 1}}, r"runs/0/config.json: unknown .*'extra.a'"),
+        ({"model": 3}, r"runs/0/config.json: .* is a group"),
+        ({"betas": {"a": 1}}, "unknown configuration key 'betas.a'"),
+        ({"_defaults": {"a": 1}}, "unknown configuration key '_defaults.a'"),
     ],
 )
 def test_update_from_is_strict(values, message):
@@ -431,7 +428,7 @@ def test_text():
         "    model_type: None",
         "betas: (0.9, 0.95)",
     ]
-    assert eval(repr(make_config()), {"CfgNode": CfgNode}) == make_config()
+    assert repr(make_config()) == text
 
 
 # ----------------------------------------------------------------------------------------------- seeds and logging

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ Batch = tuple[Tensor, Tensor]
 
 Shard = tuple[int, int]
 """A process's rank and the world size: which share of each batch is its own."""
-
-Indices = TypeVar("Indices", range, list[int])
 
 
 class MapDataset(Protocol):
@@ -44,7 +42,7 @@ def is_batched(dataset: object) -> TypeGuard[BatchedDataset]:
 
 def index_batches(
     n_examples: int | None, batch_size: int, start: int, seed: int, shard: Shard
-) -> Iterator[range | list[int]]:
+) -> Iterator[Sequence[int]]:
     """Yield the indices of each batch, without end. A batch depends on its iteration's number only.
 
     Args:
@@ -55,14 +53,14 @@ def index_batches(
         shard: the process whose share is wanted. Together the processes have the batch that one would have alone.
     """
     for iteration in itertools.count(start):
-        if n_examples is None:
-            yield shard_indices(range(iteration * batch_size, (iteration + 1) * batch_size), shard)
-        else:
+        indices = range(iteration * batch_size, (iteration + 1) * batch_size)
+        if n_examples is not None:
             generator = torch.Generator().manual_seed((seed + iteration) % 2**63)
-            yield shard_indices(torch.randint(n_examples, (batch_size,), generator=generator).tolist(), shard)
+            indices = torch.randint(n_examples, (batch_size,), generator=generator).tolist()
+        yield shard_indices(indices, shard)
 
 
-def shard_indices(indices: Indices, shard: Shard) -> Indices:
+def shard_indices(indices: Sequence[int], shard: Shard) -> Sequence[int]:
     """A process's share of a batch's indices: consecutive ones. Shares differ in size by one at most."""
     rank, world_size = shard
     return indices[len(indices) * rank // world_size : len(indices) * (rank + 1) // world_size]
@@ -83,9 +81,7 @@ class JointDataset:
                 raise TypeError(f"datasets that share batches must be CustomDatasets, got a {type(dataset).__name__}")
         sizes = sorted({(dataset.length, dataset.prefix_padding) for dataset in datasets})
         if len(sizes) != 1:
-            found = (
-                " and ".join(f"length = {length}, prefix_padding = {padding}" for length, padding in sizes) or "none"
-            )
+            found = sizes or "none"
             raise ValueError(f"datasets that share batches need one length and one prefix_padding, got {found}")
         self.datasets = tuple(datasets)
         ((self.length, self.prefix_padding),) = sizes

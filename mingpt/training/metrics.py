@@ -21,7 +21,7 @@ RUNTIME_KEYS = {
 """Configuration keys that say where a run is and how it is logged; a run that is resumed may change them."""
 
 
-class MetricsLogger:
+class MetricsLogger(contextlib.ExitStack):
     """Logs a training run, on the main process only; a context manager, which closes its files."""
 
     def __init__(self, config: CfgNode, iter_num: int):
@@ -34,25 +34,19 @@ class MetricsLogger:
         """
         from tqdm import tqdm
 
-        self.config, self._file, self._writer, self._bar = config, None, None, None
-        if not distributed.is_main():
+        super().__init__()
+        self.config, self._is_main, self._file, self._writer = config, distributed.is_main(), None, None
+        if not self._is_main:
             return
         if config.metrics_path:
-            self._file = _open_metrics(Path(config.metrics_path), iter_num)
+            self._file = self.enter_context(_open_metrics(Path(config.metrics_path), iter_num))
         if config.tensorboard_path:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(config.tensorboard_path))
+            self._writer = self.enter_context(SummaryWriter(str(config.tensorboard_path)))
         is_hidden = None if config.progress == "auto" else not config.progress
-        self._bar = tqdm(total=config.max_iters, initial=iter_num, disable=is_hidden, unit="it", dynamic_ncols=True)
-
-    def __enter__(self) -> MetricsLogger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._bar, self._writer, self._file):
-            if each is not None:
-                each.close()
+        bar = tqdm(total=config.max_iters, initial=iter_num, disable=is_hidden, unit="it", dynamic_ncols=True)
+        self._bar = self.enter_context(bar)
 
     def log_step(self, iter_num: int, loss: Tensor, learning_rate: float, iter_dt: float) -> None:
         """Log an iteration: the bar moves at each, the rest is written every ``log_every`` and at ``max_iters``.
@@ -63,7 +57,7 @@ class MetricsLogger:
             learning_rate: the one it used.
             iter_dt: seconds it took.
         """
-        if self._bar is None:
+        if not self._is_main:
             return
         self._bar.update()
         if iter_num % self.config.log_every and iter_num != self.config.max_iters:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
+from mingpt.model import GPT
 from mingpt.utils import CfgNode
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-class ConfiguresOptimizers(Protocol):
-    """What ``build_optimizer`` needs of a model, minGPT's hook."""
-
-    def configure_optimizers(self, train_config: CfgNode, /) -> Optimizer:
-        """An optimizer of all parameters, with the learning rate, betas and weight decay of the configuration."""
-        ...
-
-
 class Muon(Optimizer):
-    """Momentum for matrices, with every update made orthogonal.
+    """Momentum for matrices, with every update made orthogonal; another optimizer for what else a model has.
 
     It is ``torch.optim.Muon`` with Nesterov momentum and ``adjust_lr_fn="match_rms_adamw"``. The difference is speed:
     all matrices of one shape, or its transpose, are made orthogonal in one batch of products.
@@ -33,28 +24,41 @@ class Muon(Optimizer):
     Source: Jordan et al. 2024; the scale of the update, Liu et al. 2025.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.1):
-        """``params`` are matrices, or groups of them; weight decay is decoupled, as AdamW's."""
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, matrices: list[Tensor], others: Optimizer, lr: float, momentum: float, weight_decay: float):
+        """Optimize ``matrices``, with decoupled weight decay as AdamW's.
+
+        Args:
+            matrices: of any shapes.
+            others: is stepped too; its parameter groups come after that of the matrices.
+            lr, momentum, weight_decay: of the matrices.
+        """
+        own = {"params": matrices, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([own, *others.param_groups], {})
+        self.others = others
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by (rows, columns) of the wide form
-            for p in (p for p in group["params"] if p.grad is not None):
-                if p not in self.state:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(buffer, momentum)
-                n_rows, n_columns = sorted(p.shape)
-                alike.setdefault((n_rows, n_columns), []).append((p, update if p.shape[0] == n_rows else update.T))
-            for (_, n_columns), members in alike.items():
-                orthogonal = orthogonalize(torch.stack([update for _, update in members]))
-                for (p, _), update in zip(members, orthogonal, strict=True):
-                    p.mul_(1 - rate * group["weight_decay"])
-                    update = update if update.shape == p.shape else update.T
-                    p.add_(update, alpha=-0.2 * rate * math.sqrt(n_columns))
+        group = self.param_groups[0]
+        rate, momentum = group["lr"], group["momentum"]
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by (rows, columns) of the wide form
+        for p in (p for p in group["params"] if p.grad is not None):
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(buffer, momentum)
+            n_rows, n_columns = sorted(p.shape)
+            alike.setdefault((n_rows, n_columns), []).append((p, update if p.shape[0] == n_rows else update.T))
+        for (_, n_columns), members in alike.items():
+            orthogonal = orthogonalize(torch.stack([update for _, update in members]))
+            for (p, _), update in zip(members, orthogonal, strict=True):
+                p.mul_(1 - rate * group["weight_decay"])
+                update = update if update.shape == p.shape else update.T
+                p.add_(update, alpha=-0.2 * rate * math.sqrt(n_columns))
+        self.others.param_groups, self.others.state = (
+            self.param_groups[1:],
+            self.state,
+        )  # load_state_dict makes new ones
+        self.others.step()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -76,57 +80,30 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x
 
 
-class ChainedOptimizer:
-    """Several optimizers, each with its own parameters, that act as one."""
-
-    def __init__(self, *optimizers: Optimizer):
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all of them; changing a group changes its optimizer."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
-
-
-def build_optimizer(model: ConfiguresOptimizers, config: CfgNode) -> Optimizer | ChainedOptimizer:
+def build_optimizer(model: GPT, config: CfgNode) -> Optimizer:
     """The optimizer that ``config.optimizer`` names.
 
     "adamw" is the model's own ``configure_optimizers`` (minGPT's hook). "muon" updates the matrices of the
     transformer's blocks with Muon, at ``config.muon_learning_rate`` with ``config.muon_momentum``, and the rest as
     "adamw" does.
 
+    Args:
+        model: a GPT; for "adamw" any module with that hook.
+        config: one that ``mingpt.trainer.check_config`` accepts.
+
     Raises:
-        ValueError: for another name, or "muon" and a model without ``transformer.h``, a GPT's blocks.
+        ValueError: for "muon" and a model that is no GPT.
     """
-    if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {config.optimizer!r}; choose {' or '.join(OPTIMIZERS)}")
     optimizer = model.configure_optimizers(config)
     if config.optimizer == "adamw":
         return optimizer
-    blocks = getattr(getattr(model, "transformer", None), "h", None)
-    if not isinstance(blocks, nn.Module):
+    if not isinstance(model, GPT):
         raise ValueError(f"optimizer = 'muon' is for a GPT's blocks, {type(model).__name__} has none; use adamw")
-    matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
+    matrices = [module.weight for module in model.transformer.h.modules() if isinstance(module, nn.Linear)]
     chosen = set(matrices)
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in chosen]
-    muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
-    return ChainedOptimizer(muon, optimizer)
+    return Muon(matrices, optimizer, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
 
 
 def learning_rate_factor(iteration: int, config: CfgNode) -> float:
@@ -135,18 +112,11 @@ def learning_rate_factor(iteration: int, config: CfgNode) -> float:
     Args:
         iteration: counts from 0.
         config: has lr_schedule ("constant", "linear" or "cosine", the shape of the decay), warmup_iters,
-            decay_fraction (the last share of the run, over which it decays) and max_iters.
-
-    Raises:
-        ValueError: for an unknown schedule, or a decay without max_iters.
+            decay_fraction (the last share of the run, over which it decays) and max_iters, where the decay ends.
     """
-    if config.lr_schedule not in SCHEDULES:
-        raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}; choose one of {', '.join(SCHEDULES)}")
     factor = min(1.0, (iteration + 1) / (config.warmup_iters + 1))
     if config.lr_schedule == "constant":
         return factor
-    if config.max_iters is None:
-        raise ValueError(f"lr_schedule = {config.lr_schedule!r} needs max_iters, the end of the decay")
     n_decay = max(1.0, config.max_iters * config.decay_fraction)
     left = min(1.0, (config.max_iters - iteration) / n_decay)
     return factor * (left if config.lr_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))

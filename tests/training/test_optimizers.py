@@ -12,7 +12,7 @@ from torch import nn
 
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.training.optimizers import SCHEDULES, ChainedOptimizer, Muon, build_optimizer, learning_rate_factor
+from mingpt.training.optimizers import SCHEDULES, Muon, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 
 
@@ -78,13 +78,12 @@ def test_muon_has_exactly_the_matrices_of_the_blocks():
     model = new_model()
     config = new_config(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.02)
     optimizer = build_optimizer(model, config)
-    kinds = [type(one) for one in optimizer.optimizers for _ in one.param_groups]
-    found = dict.fromkeys((Muon, torch.optim.AdamW), frozenset())
-    for kind, (group, members) in zip(kinds, groups_by_name(model, optimizer), strict=True):
-        found[kind] |= set(members)
-        assert group["lr"] == (0.02 if kind is Muon else 0.01)
-    assert found[Muon] == {name for name, _ in model.named_parameters() if is_block_matrix(name)}
-    assert len(found[Muon]) == 2 * 4
+    groups = groups_by_name(model, optimizer)
+    assert [group["lr"] for group, _ in groups] == [0.02, 0.01, 0.01]
+    assert optimizer.param_groups[1:] == optimizer.others.param_groups
+    members = set(groups[0][1])
+    assert members == {name for name, _ in model.named_parameters() if is_block_matrix(name)}
+    assert len(members) == 2 * 4
 
 
 def test_every_parameter_is_stepped():
@@ -137,13 +136,10 @@ def test_a_state_that_is_loaded_continues_identically(name):
 
 
 def test_a_state_of_other_optimizers_is_refused():
-    one = nn.Linear(2, 2)
-    chained = ChainedOptimizer(torch.optim.SGD([one.weight], lr=0.1), torch.optim.SGD([one.bias], lr=0.2))
-    assert [group["lr"] for group in chained.param_groups] == [0.1, 0.2]
-    state = chained.state_dict()
-    state["optimizers"].pop()
-    with pytest.raises(ValueError, match="zip"):
-        chained.load_state_dict(state)
+    model = new_model()
+    state = build_optimizer(model, new_config()).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        build_optimizer(model, new_config(optimizer="muon")).load_state_dict(state)
 
 
 @pytest.mark.parametrize("momentum", [0.95, 0.5])
@@ -165,7 +161,8 @@ def test_muon_is_torchs(momentum):
         assert torch.equal(unused, torch.ones(3, 3))
         return parameters
 
-    ours = train(lambda params: Muon(params, 0.1, momentum, 0.3))
+    others = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    ours = train(lambda params: Muon(params, others, 0.1, momentum, 0.3))
     options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
     theirs = train(lambda params: torch.optim.Muon(params, **options))
     for own, other, first in zip(ours, theirs, start, strict=True):
@@ -184,17 +181,12 @@ def test_muons_update_has_the_size_of_adamws():
             assert 0.13 * 0.1 < (parameter - before[name]).square().mean().sqrt() < 0.27 * 0.1, name
 
 
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match=r"'sgd'.*adamw.*muon"):
-        build_optimizer(new_model(), new_config(optimizer="sgd"))
-
-
 def test_muon_needs_a_models_blocks():
     class Other(nn.Linear):
         def configure_optimizers(self, config):
             return torch.optim.AdamW(self.parameters())
 
-    with pytest.raises((ValueError, TypeError), match="muon"):
+    with pytest.raises(ValueError, match="muon"):
         build_optimizer(Other(2, 2), new_config(optimizer="muon"))
 
 
@@ -252,14 +244,6 @@ def test_no_warm_up_starts_at_the_top():
 def test_a_constant_rate_needs_no_end():
     config = new_config(warmup_iters=1)
     assert [learning_rate_factor(i, config) for i in (0, 1, 10**9)] == [0.5, 1.0, 1.0]
-
-
-def test_bad_schedules_are_named():
-    with pytest.raises(ValueError, match=r"'step'.*constant, linear, cosine"):
-        learning_rate_factor(0, new_config(lr_schedule="step", max_iters=3))
-    for name in ("linear", "cosine"):
-        with pytest.raises(ValueError, match="max_iters"):
-            learning_rate_factor(0, new_config(lr_schedule=name))
 
 
 # ----------------------------------------------------------------------------------------------------- precision
