@@ -13,15 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mingpt.decoding.logits_processors import (
-    Constraint,
-    Context,
-    FunctionProcessor,
-    LogitsProcessor,
-    Processors,
-    Temperature,
-    TopK,
-)
+from mingpt.decoding.logits_processors import Constraint, Context, FunctionProcessor, LogitsProcessor, Processors
 from mingpt.kv_cache import Cache, KVCache, n_positions
 from mingpt.prefix import CausalModel, Prefix, Record, as_prefix, check_tokens
 
@@ -57,8 +49,8 @@ def generate(
         temperature: what the logits are divided by when sampling, after the processors. At 0 the likeliest token is
             taken, as without ``do_sample``.
         do_sample: draw each token from the distribution instead of taking the likeliest.
-        top_k: draw from the k likeliest tokens only. Neither it nor ``temperature`` changes which token is the
-            likeliest, so greedy decoding only checks them.
+        top_k: draw from the k likeliest tokens (Fan et al. 2018) and those as likely as the last of them. Neither it
+            nor ``temperature`` changes which token is the likeliest, so greedy decoding only checks them.
         prefixes: see ``mingpt.prefix.as_prefix``.
         activations_record: a list that receives the activations of all tokens but the last, in one pass.
         logits_processors: see ``mingpt.decoding.logits_processors``; also functions (tokens, logits) -> logits, and
@@ -77,25 +69,32 @@ def generate(
         ValueError: for a prompt, temperature or top_k that makes no sense, where the logits are not numbers, and where
             the processors leave a row no token.
     """
-    sampling: list[LogitsProcessor] = [Temperature(temperature)] if temperature not in (0, 1) else []
-    sampling += [TopK(top_k)] if top_k is not None else []
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature is 0 or more and top_k 1 or more, got {temperature} and {top_k}")
     if not do_sample or temperature == 0:
-        seed, sampling = None, []
+        seed = None
     elif seed is None:
         seed = int(torch.randint(2**62, ()))
     batch, n_prompt = idx.shape[0], idx.shape[-1]
     numbers = torch.as_tensor(range(batch) if row_numbers is None else row_numbers, dtype=torch.int64).to(idx.device)
     if numbers.shape != (batch,):
         raise ValueError(f"{numbers.numel()} row_numbers for {batch} rows; give one for each")
-    rows = Decoding(model, idx, max_new_tokens, prefixes, [*logits_processors, *sampling])
+    rows = Decoding(model, idx, max_new_tokens, prefixes, logits_processors)
     tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
     for step in range(max_new_tokens if batch else 0):
         chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
             logits = rows.process_logits(rows.next_logits(), forbidden_mass_record)
-            rows.require_choice(logits.amax(dim=-1), is_sampled=seed is not None)
-            is_greedy = seed is None
-            chosen = logits.argmax(dim=-1) if is_greedy else _draw(logits, uniform(seed, step, numbers[rows.origin]))
+            if seed is None:
+                rows.require_choice(logits.amax(dim=-1))
+                chosen = logits.argmax(dim=-1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, float("-inf"))
+                rows.require_choice(logits.amax(dim=-1), is_sampled=True)
+                chosen = _draw(logits, uniform(seed, step, numbers[rows.origin]))
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
         if stop_token is not None:
@@ -183,12 +182,11 @@ class Decoding:
             raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
         self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
         n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
-        if n_prompt <= n_prefix:
+        if min(n_prompt, model.block_size) <= n_prefix:
             raise ValueError(
-                f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue"
+                f"{n_prefix} prefix positions leave nothing to continue in a prompt of {n_prompt} tokens and "
+                f"block_size = {model.block_size}"
             )
-        if n_prefix >= model.block_size:
-            raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
         self.model, self.origin = model, torch.arange(batch, device=idx.device)
         self.processors = [p if isinstance(p, LogitsProcessor) else FunctionProcessor(p) for p in processors]
         self.context = Context(idx, n_prompt, n_new, config.vocab_size, n_prefix)
@@ -253,7 +251,7 @@ class Decoding:
     def single_choice(self) -> Tensor | None:
         """The next tokens (B,), if constraints leave each row only one and no processor has to see the logits."""
         allowed = self._ask()
-        if not allowed or not all(isinstance(each, Constraint | Temperature | TopK) for each in self.processors):
+        if not allowed or not all(isinstance(each, Constraint) for each in self.processors):
             return None
         only = reduce(torch.logical_and, allowed.values())
         return only.int().argmax(dim=-1) if bool((only.sum(dim=-1) == 1).all()) else None

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
-"""Tensors with the batch first, whose shapes and dtypes stay the same. With a ``reorder`` of one's own there may be
-other things, such as a table that all rows share."""
+"""Tensors with the batch first, whose shapes and dtypes stay the same; what all rows share stands under "shared"."""
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 """(tokens so far (B, T), logits (B, V)) to logits (B, V)."""
@@ -48,11 +47,6 @@ class Context:
         return self.tokens.shape[1] - self.n_prompt
 
     @property
-    def content(self) -> Tensor:
-        """The tokens without the placeholders of a prefix."""
-        return self.tokens[:, self.n_placeholders :]
-
-    @property
     def device(self) -> torch.device:
         """Where the tokens are."""
         return self.tokens.device
@@ -74,7 +68,7 @@ class LogitsProcessor:
 
     def reorder(self, state: State, rows: Tensor) -> State:
         """The state after row i has become what row ``rows[i]`` was."""
-        return {name: value.index_select(0, rows) for name, value in state.items()}
+        return {name: value if name == "shared" else value.index_select(0, rows) for name, value in state.items()}
 
 
 class Constraint(LogitsProcessor):
@@ -111,38 +105,8 @@ class FunctionProcessor(LogitsProcessor):
         self.function = function
 
     def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, self.function(context.content, logits.clone())
+        return state, self.function(context.tokens[:, context.n_placeholders :], logits.clone())
 
 
 Processors = Iterable[LogitsProcessor | LogitsFunction]
 """What a user gives as ``logits_processors=``."""
-
-
-# ------------------------------------------------------------------------------------- sampling
-
-
-class Temperature(LogitsProcessor):
-    """Divide the logits by a temperature; below 1 likely tokens become likelier."""
-
-    def __init__(self, temperature: float):
-        if temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {temperature}; generate(temperature=0) decodes greedily"
-            )
-        self.temperature = temperature
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, logits / self.temperature
-
-
-class TopK(LogitsProcessor):
-    """Leave the k likeliest tokens (Fan et al. 2018), and those as likely as the last of them."""
-
-    def __init__(self, k: int):
-        if k < 1:
-            raise ValueError(f"top_k must be at least 1, got {k}")
-        self.k = k
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        least = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]
-        return state, logits.masked_fill(logits < least, float("-inf"))
