@@ -120,7 +120,7 @@ def at_a_large_vocabulary(rounds: int, vocab_size: int = 50_257, n_rows: int = 3
     if importlib.util.find_spec("llguidance"):
         from mingpt.decoding.grammar import GrammarConstraint, tokenizer_of
 
-        grammar = GrammarConstraint.from_regex("[a-e]*[fg]+[a-j]*", tokenizer_of([*spellings, "end"], vocab_size - 1))
+        grammar = GrammarConstraint("regex", "[a-e]*[fg]+[a-j]*", tokenizer_of([*spellings, "end"], vocab_size - 1))
         print(f"  {'llguidance':14}{1e3 * each(rounds, step_of(grammar, n_rows, vocab_size), 10):8.2f} ms")
     if importlib.util.find_spec("transformers"):
         from transformers import PrefixConstrainedLogitsProcessor

@@ -61,16 +61,11 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.register_load_state_dict_pre_hook(_drop_mask_buffers)
 
-    def _queries_keys_values(self, x: Tensor, n_groups: int) -> Tensor:
+    def queries_keys_values(self, x: Tensor, n_groups: int) -> Tensor:
         """Project (B, T, C) to queries, keys and values, (3, G, H, N, T, D)."""
         batch, n_tokens, _ = x.shape
         heads = self.c_attn(x).view(n_groups, batch // n_groups, n_tokens, 3, self.n_head, self.n_embd // self.n_head)
         return heads.permute(3, 0, 4, 1, 2, 5)
-
-    def keys_values(self, x: Tensor) -> KeysValues:
-        """The keys and values of ``x`` (G, T, C), which the rows of a group share: (G, H, 1, T, D) each."""
-        _, keys, values = self._queries_keys_values(x, len(x))
-        return keys, values
 
     def forward(
         self, x: Tensor, kv_cache: LayerCache | None = None, mask: Tensor | None = None, n_last: int | None = None
@@ -88,7 +83,7 @@ class CausalSelfAttention(nn.Module):
         """
         # Written out: at these lengths torch's fused kernel is slower on a CPU, its backward pass six times.
         cached = pieces_of(kv_cache)
-        queries, keys, values = self._queries_keys_values(x, len(cached[0][0]) if cached else 1).contiguous()
+        queries, keys, values = self.queries_keys_values(x, len(cached[0][0]) if cached else 1).contiguous()
         queries = queries[..., -(n_last or x.shape[1]) :, :]  # (G, H, N, T', D)
         if isinstance(kv_cache, KVCache):
             kv_cache.append(keys, values)
@@ -138,12 +133,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: Tensor,
-        kv_cache: LayerCache | None = None,
-        mask: Tensor | None = None,
-        record: Record | None = None,
-        n_last: int | None = None,
+        self, x: Tensor, kv_cache: LayerCache | None, mask: Tensor | None, record: Record | None, n_last: int | None
     ) -> tuple[Tensor, LayerCache]:
         """Run attention and the MLP, see ``CausalSelfAttention.forward``.
 
@@ -163,8 +153,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), new_cache
 
     def keys_values(self, x: Tensor) -> KeysValues:
-        """What attention would see of ``x`` (G, T, C): keys and values, (G, H, 1, T, D) each."""
-        return self.attn.keys_values(self.ln_1(x))
+        """The keys and values of ``x`` (G, T, C), which the rows of a group share: (G, H, 1, T, D) each."""
+        _, keys, values = self.attn.queries_keys_values(self.ln_1(x), len(x))
+        return keys, values
 
 
 class Transformer(nn.Module):
@@ -209,7 +200,11 @@ class GPT(nn.Module):
         self.block_size = config.block_size
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         is_gpt2 = config.init == "gpt2"
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2 scales the projections into the residual stream
@@ -372,14 +367,11 @@ class GPT(nn.Module):
         elif prefix.kind == "activation":
             mask = causal_mask(prefix.n_positions, 0, prefix.values.device)
             for layer, block in enumerate(self.blocks):
-                block(prefix.values[:, layer], None, mask, own)
-        full: Record = []
-        for number, (name, content) in enumerate(record):
-            padded = F.pad(content, (0, 0, prefix.n_positions, 0))
-            if own:
-                rows = own[number][1][prefix.prefix_of_row(len(content)).cpu()]
-                padded[..., : prefix.n_positions, : rows.shape[-1]] = rows
-            full.append((name, padded))
+                block(prefix.values[:, layer], None, mask, own, None)
+        full = [(name, F.pad(content, (0, 0, prefix.n_positions, 0))) for name, content in record]
+        for (_, padded), (_, seen) in zip(full, own, strict=bool(own)):  # a key_value prefix has no own
+            rows = prefix.prefix_of_row(len(padded)).cpu()
+            padded[..., : prefix.n_positions, : seen.shape[-1]] = seen[rows]
         return full
 
     # A function of (model, idx, ...), so that help() and editors show all of its parameters here too.
@@ -429,34 +421,27 @@ class GPT(nn.Module):
         ):
             if getattr(theirs, name) not in supported:
                 raise ValueError(f"GPT-2 with {name} = {getattr(theirs, name)!r} is not supported, only {supported}")
-        config = cls.get_default_config()
-        config.model_type = None
         names = ("n_layer", "n_head", "n_embd", "vocab_size", "embd_pdrop", "resid_pdrop", "attn_pdrop")
-        config.merge_from_dict({name: getattr(theirs, name) for name in names} | {"block_size": theirs.n_positions})
-        config.gelu_approximate = "none" if theirs.activation_function == "gelu" else "tanh"
+        gelu = "none" if theirs.activation_function == "gelu" else "tanh"
+        config = cls.get_default_config()
+        config.merge_from_dict({name: getattr(theirs, name) for name in names})
+        config.merge_from_dict({"model_type": None, "block_size": theirs.n_positions, "gelu_approximate": gelu})
         model = cls(config)
-        weights = {
-            name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in other.state_dict().items()
-        }
-        model.load_state_dict(weights)
+        model.load_state_dict(
+            {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in other.state_dict().items()}
+        )
         return model.to(other.device).train(other.training)
 
 
 def _complete_config(config: CfgNode) -> CfgNode:
     """A copy of the configuration with its sizes filled in, in the place of ``model_type``, and checked."""
     config = config.copy()
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if config.model_type is not None:
-        if any(size is not None for size in sizes.values()):
-            raise ValueError(
-                f"give model_type or n_layer, n_head and n_embd, not both, got {config.model_type!r} and {sizes}"
-            )
-        if config.model_type not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ValueError(
-                f"unknown model_type {config.model_type!r}{nearest(config.model_type, PRESETS)}. Known: {known}"
-            )
-        config.merge_from_dict(PRESETS[config.model_type] | {"model_type": None})
+    if (preset := config.model_type) is not None:
+        if (config.n_layer, config.n_head, config.n_embd) != (None, None, None):
+            raise ValueError(f"give n_layer, n_head and n_embd or model_type, not both; model_type is {preset!r}")
+        if preset not in PRESETS:
+            raise ValueError(f"unknown model_type {preset!r}{nearest(preset, PRESETS)}. Known: {', '.join(PRESETS)}")
+        config.merge_from_dict(PRESETS[preset] | {"model_type": None})
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
@@ -472,13 +457,6 @@ def _complete_config(config: CfgNode) -> CfgNode:
 def causal_mask(n_tokens: int, n_cached: int, device: torch.device) -> Tensor:
     """(T, S + T) of bool, true where a token would look at a later one."""
     return torch.ones(n_tokens, n_cached + n_tokens, dtype=torch.bool, device=device).triu(n_cached + 1)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, mean=0.0, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def _drop_mask_buffers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

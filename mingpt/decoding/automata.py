@@ -10,13 +10,15 @@ so equal minimal automata have equal tables.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mingpt.prefix import check_tokens
 
 if TYPE_CHECKING:
     from automata.fa.dfa import DFA as Description
@@ -43,7 +45,7 @@ class DFA:
     def __post_init__(self) -> None:
         shapes = tuple(self.next.shape), tuple(self.is_accepting.shape)
         if self.next.ndim != 2 or shapes[1] != shapes[0][:1] or not self.next.numel():
-            raise ValueError(f"next and is_accepting must be (S, V) and (S,), got {shapes[0]} and {shapes[1]}")
+            raise ValueError("next and is_accepting must be (S, V) and (S,), got {} and {}".format(*shapes))
         if self.next.min() < 0 or self.next.max() >= len(self.next):
             raise ValueError(f"next must hold states from 0 to {len(self.next) - 1}")
 
@@ -77,71 +79,21 @@ class DFA:
         try:
             nfa = NFA.from_regex(_in_symbols(expression, vocab_size, names), input_symbols=symbols)
         except RegexException as error:
-            reason = re.sub(r"<\w+: (.*?)>", lambda match: match[1], str(error))
-            reason = re.sub("[\U000f0000-\U0010ffff]", lambda match: str(ord(match[0]) - _SYMBOLS), reason)
+            reason = re.sub(r"<\w+: (.*?)>", r"\1", str(error))  # automata-lib says <UnionToken: |>
             raise ValueError(f"the regular expression {expression!r} does not parse: {reason}") from None
         return _compile(Description.from_nfa(nfa, minify=True))
 
-    @classmethod
-    def from_transitions(
-        cls,
-        transitions: Mapping[Hashable, Mapping[int, Hashable]],
-        start: Hashable,
-        accepting: Sequence[Hashable],
-        vocab_size: int,
-    ) -> DFA:
-        """Compile a table of states to tokens to states; a token that a state does not name is refused there.
-
-        Raises:
-            ValueError: for an unknown state or token.
-        """
-        numbers = {state: number for number, state in enumerate(dict.fromkeys([start, *transitions]))}
-        if unknown := [state for state in accepting if state not in numbers]:
-            raise ValueError(f"the accepting state {unknown[0]!r} has no transitions; give it {{}}")
-        refused = len(numbers)
-        table = torch.full((refused + 1, vocab_size), refused)
-        for state, moves in transitions.items():
-            _check_tokens(moves, vocab_size)
-            for token, target in moves.items():
-                if target not in numbers:
-                    raise ValueError(f"a move leads to {target!r}, which has no transitions; give it {{}}")
-                table[numbers[state], token] = numbers[target]
-        is_accepting = torch.tensor([*(state in accepting for state in numbers), False])
-        return _compile(_describe(cls(table, is_accepting)).minify())
-
     def __and__(self, other: DFA) -> DFA:
         """What both accept."""
-        return self._combined(other, lambda a, b: a & b)
+        return _compile(_describe(self) & _describe(other))
 
     def __or__(self, other: DFA) -> DFA:
         """What either accepts."""
-        return self._combined(other, lambda a, b: a | b)
+        return _compile(_describe(self) | _describe(other))
 
     def __invert__(self) -> DFA:
         """What this one refuses."""
         return _compile(~_describe(self))
-
-    def _combined(self, other: DFA, operation: Callable[[Description, Description], Description]) -> DFA:
-        if self.vocab_size != other.vocab_size:
-            raise ValueError(f"automata over {self.vocab_size} and {other.vocab_size} tokens cannot be combined")
-        return _compile(operation(_describe(self), _describe(other)))
-
-    def ended_by(self, token: int) -> DFA:
-        """What this one accepts, followed by any number of ``token``, which is an end and a filler.
-
-        Raises:
-            ValueError: if something that is accepted could contain the token.
-        """
-        _check_tokens([token], self.vocab_size)
-        is_alive = self.completable(len(self.next)).any(dim=0)  # (S,)
-        if (is_alive & is_alive[self.next[:, token]]).any():
-            raise ValueError(f"token {token} cannot be the end: it also occurs in what the automaton accepts")
-        ended = len(self.next)
-        refused = ended + 1
-        table = torch.cat([self.next, torch.full((2, self.vocab_size), refused)])
-        table[:ended, token] = torch.where(self.is_accepting, ended, refused)
-        table[ended, token] = ended
-        return DFA(table, torch.cat([self.is_accepting, torch.tensor([True, False])]))
 
     def completable(self, n_tokens: int) -> Tensor:
         """(N + 1, S) of bool: whether acceptance is exactly 0, ..., N tokens away from each state."""
@@ -152,20 +104,16 @@ class DFA:
         return torch.stack(away) > 0
 
     def accepts(self, tokens: Tensor) -> Tensor:
-        """(..., T) of int64 to (...) of bool; a token that it does not know is a ValueError."""
-        _check_tokens(tokens.unique().tolist(), self.vocab_size)
-        state = torch.zeros(tokens.shape[:-1], dtype=torch.int64)
-        for token in tokens.unbind(dim=-1):
+        """(B, T) of int64 to (B,) of bool; a token that it does not know is a ValueError."""
+        check_tokens(tokens, self.vocab_size)
+        state = torch.zeros(len(tokens), dtype=torch.int64)
+        for token in tokens.unbind(dim=1):
             state = self.next[state, token]
         return self.is_accepting[state]
 
 
 STAY, POP = 0, -1
 """What a move of a PDA does to its stack; a positive number pushes that symbol."""
-
-Move = tuple[Hashable, int, int | None, Hashable, int]
-"""(state, token, top, new state, action): ``top`` is the symbol on the stack, 0 for an empty one, None for any;
-``action`` is STAY, POP or a symbol."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +144,14 @@ class PDA:
             raise ValueError(
                 "next, move and is_accepting must be (S, G + 1, V) twice and (S,), got {}, {} and {}".format(*shapes)
             )
-        n_states, n_symbols = self.next.shape[0], self.next.shape[1] - 1
-        if self.next.max() >= n_states or self.move.max() > n_symbols or self.move.min() < POP:
-            raise ValueError(f"there are {n_states} states and {n_symbols} stack symbols, a move goes beyond them")
-        if ((self.move[:, 0] == POP) & (self.next[:, 0] >= 0)).any():
-            raise ValueError("a move pops from an empty stack; leave it out")
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
+        n_states, n_tops, _ = self.next.shape
+        is_pop_of_nothing = (self.move[:, 0] == POP) & (self.next[:, 0] >= 0)
+        beyond = self.next.max() >= n_states or self.move.max() >= n_tops or self.move.min() < POP
+        if beyond or is_pop_of_nothing.any() or self.depth < 1:
+            raise ValueError(
+                f"a move goes beyond {n_states} states or {n_tops - 1} stack symbols, or pops from an empty stack, "
+                f"or depth = {self.depth} is below 1"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -210,51 +159,29 @@ class PDA:
         return self.next.shape[2]
 
     @classmethod
-    def from_transitions(
-        cls,
-        transitions: Sequence[Move],
-        start: Hashable,
-        accepting: Sequence[Hashable],
-        vocab_size: int,
-        depth: int = 16,
-    ) -> PDA:
-        """Compile a list of moves.
+    def balanced(cls, pairs: Sequence[tuple[int, int]], vocab_size: int, depth: int = 16) -> PDA:
+        """Balanced brackets, any number of them: the Dyck language of (opening, closing) pairs of tokens.
 
         Raises:
-            ValueError: if two moves contradict each other, or a state, token or stack symbol is unknown.
+            ValueError: if a bracket is no token, or two are the same.
         """
-        _check_tokens((move[1] for move in transitions), vocab_size)
-        names = list(dict.fromkeys([start, *(name for move in transitions for name in (move[0], move[3]))]))
-        if unknown := [state for state in accepting if state not in names]:
-            raise ValueError(f"no move leads to the accepting state {unknown[0]!r}")
-        n_symbols = max([1, *(number for move in transitions for number in (move[2] or 0, move[4]))])
-        following = torch.full((len(names), n_symbols + 1, vocab_size), -1)
-        actions = torch.zeros_like(following)
-        for state, token, top, target, action in transitions:
-            if top is not None and top < 0:
-                raise ValueError(f"{top} cannot be on the stack; give a symbol from 1 on, 0 for an empty one or None")
-            first = 1 if action == POP and top is None else 0
-            for symbol in range(first, n_symbols + 1) if top is None else (top,):
-                index = (names.index(state), symbol, token)
-                if following[index] >= 0:
-                    raise ValueError(f"two moves from state {state!r} with token {token} and {symbol} on the stack")
-                following[index], actions[index] = names.index(target), action
-        return cls(following, actions, torch.tensor([name in accepting for name in names]), depth)
-
-    @classmethod
-    def balanced(cls, pairs: Sequence[tuple[int, int]], vocab_size: int, depth: int = 16) -> PDA:
-        """Balanced brackets, any number of them: the Dyck language of (opening, closing) pairs of tokens."""
-        moves: list[Move] = []
+        brackets = torch.tensor(pairs)
+        check_tokens(brackets, vocab_size)
+        if len(brackets.unique()) < brackets.numel():
+            raise ValueError(f"brackets must be different tokens, got {list(pairs)}")
+        following = torch.full((1, len(pairs) + 1, vocab_size), -1)
+        move = torch.full_like(following, STAY)
         for symbol, (opening, closing) in enumerate(pairs, start=1):
-            moves += [("start", opening, None, "start", symbol), ("start", closing, symbol, "start", POP)]
-        return cls.from_transitions(moves, "start", ["start"], vocab_size, depth)
+            following[0, :, opening], move[0, :, opening] = 0, symbol
+            following[0, symbol, closing], move[0, symbol, closing] = 0, POP
+        return cls(following, move, torch.tensor([True]), depth)
 
     def accepts(self, tokens: Tensor) -> Tensor:
         """(B, T) of int64 to (B,) of bool; a token that it does not know is a ValueError."""
-        _check_tokens(tokens.unique().tolist(), self.vocab_size)
+        check_tokens(tokens, self.vocab_size)
         stack = torch.zeros(len(tokens), self.depth + 1, dtype=torch.int64)
         state, level, is_alive = stack[:, 0], stack[:, 0], torch.ones(len(tokens), dtype=torch.bool)
-        for token in tokens.unbind(dim=-1):
+        for token in tokens.unbind(dim=1):
             state, level, stack, is_allowed = pda_step(self.next, self.move, state, level, stack, token)
             is_alive = is_alive & is_allowed
         return is_alive & (level == 0) & self.is_accepting[state]
@@ -316,65 +243,35 @@ def pda_step(
     return torch.where(is_allowed, target, state), level, stack, is_allowed
 
 
-def _check_tokens(tokens: Iterable[int], vocab_size: int) -> None:
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"there is no token {token}; they go from 0 to {vocab_size - 1}")
-
-
 def _symbol(token: int) -> str:
     return chr(_SYMBOLS + token)
 
 
-_LEXEMES = re.compile(r'\s+|"[^"]*"|\[\^?(?:"[^"]*"|[^\]"])*\]|\w+|\{\d*(?:,\d*)?\}|[|*+?()&.]')
-_MEMBERS = re.compile(r'\s*("[^"]*"|\w+)(?:\s*-\s*("[^"]*"|\w+))?\s*')
-"""A token or a range of tokens within brackets."""
+_NAME = r'(?:"[^"]*"|(?<![{,])\b\w+\b)'
+"""A token; what follows a brace or a comma is a count."""
+_BRACKETS = rf"\[\^?\s*(?:{_NAME}\s*(?:-\s*{_NAME}\s*)?)+\]"
+_EXPRESSION = re.compile(rf"(?:{_NAME}|{_BRACKETS}|\{{\d*(?:,\d*)?\}}|[|*+?()&.]|\s)*")
 
 
 def _in_symbols(expression: str, vocab_size: int, names: Sequence[str] | None) -> str:
     """Rewrite an expression in automata-lib's, each token as its symbol."""
-    numbers = {name: token for token, name in enumerate(names or map(str, range(vocab_size)))}
+    symbols = {name: _symbol(token) for token, name in enumerate(names or map(str, range(vocab_size)))}
     says = f"the regular expression {expression!r}"
 
-    def scan(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        start = 0
-        while start < len(text):
-            if (match := pattern.match(text, start)) is None:
-                raise ValueError(f'{says} does not parse at {text[start:]!r}; a name that is no word is quoted, "+"')
-            yield match
-            start = match.end()
+    def in_symbols(match: re.Match[str]) -> str:
+        name = match[0].strip('"')
+        if name in symbols:
+            return symbols[name]
+        if names is not None and set(name) <= set(symbols):  # names of one letter that run together
+            return "".join(symbols[letter] for letter in name)
+        raise ValueError(f"{says} has {name!r}, which is no token" + ("" if names else f" from 0 to {vocab_size - 1}"))
 
-    def number_of(name: str) -> int:
-        if (name := name.strip('"')) not in numbers:
-            raise ValueError(
-                f"{says} has {name!r}, which is no token" + ("" if names else f": they go from 0 to {vocab_size - 1}")
-            )
-        return numbers[name]
-
-    def tokens_of(lexeme: str) -> set[int]:
-        """Those that a bracket expression matches."""
-        is_complement, members = lexeme[1] == "^", set()
-        for match in scan(_MEMBERS, lexeme[1 + is_complement : -1].strip()):
-            first, last = number_of(match[1]), number_of(match[2] or match[1])
-            if first > last:
-                raise ValueError(f"{says} has the descending range {match[0].strip()!r}; write the lower token first")
-            members.update(range(first, last + 1))
-        return set(range(vocab_size)) - members if is_complement else members
-
-    pieces = []
-    for match in scan(_LEXEMES, expression):
-        lexeme = match[0]
-        if lexeme[0] == "[":
-            if not (tokens := tokens_of(lexeme)):
-                raise ValueError(f"{says} has {lexeme}, which no token matches")
-            pieces.append("(" + "|".join(map(_symbol, sorted(tokens))) + ")")
-        elif lexeme[0] == '"' or lexeme[0].isalnum() or lexeme[0] == "_":
-            name = lexeme.strip('"')
-            are_letters = names is not None and name not in numbers and all(letter in numbers for letter in name)
-            pieces += [_symbol(number_of(each)) for each in (name if are_letters else [name])]
-        elif not lexeme.isspace():
-            pieces.append(lexeme)
-    return "".join(pieces)
+    if rest := _EXPRESSION.sub("", expression, count=1):
+        raise ValueError(f'{says} does not parse at {rest!r}; a name that is no word is quoted, "+"')
+    translated = re.sub(r"\s", "", re.sub(_NAME, in_symbols, expression))
+    if any(first > last for first, last in re.findall("(.)-(.)", translated)):
+        raise ValueError(f"{says} has a descending range; write the lower token first")
+    return translated
 
 
 def _describe(dfa: DFA) -> Description:

@@ -81,19 +81,18 @@ class RegularConstraint(Constraint):
         allowed = distinct[:, dfa.next].flatten(0, 1)  # (one for each of them and each state, V)
         return {
             "state": context.tokens.new_zeros(len(context.tokens)),
-            "next": dfa.next.to(context.device),
-            "allowed": allowed.to(context.device),
-            "first": tuple((index.flip(0) * len(dfa.next)).tolist()),  # where a step's states are among the allowed
+            "shared": {
+                "next": dfa.next.to(context.device),
+                "allowed": allowed.to(context.device),
+                "first": (index.flip(0) * len(dfa.next)).tolist(),  # where a step's states are among the allowed
+            },
         }
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
-        own, step = state["state"], context.step
+        own, tables, step = state["state"], state["shared"], context.step
         if step:
-            own = state["next"][own, context.tokens[:, -1]]
-        return state | {"state": own}, state["allowed"].index_select(0, own + state["first"][step])
-
-    def reorder(self, state: State, rows: Tensor) -> State:
-        return state | {"state": state["state"].index_select(0, rows)}
+            own = tables["next"][own, context.tokens[:, -1]]
+        return state | {"state": own}, tables["allowed"].index_select(0, own + tables["first"][step])
 
 
 class PushdownConstraint(Constraint):
@@ -120,12 +119,12 @@ class PushdownConstraint(Constraint):
             raise _nothing_accepted(n_new, pda.completable(64)[1][0])
         # What a move leads to, as a number: 0 for nothing, or a state after a move that pops, stays or pushes a symbol.
         effects = torch.where(pda.next < 0, 0, 1 + (pda.move - POP) * len(pda.next) + pda.next)
-        shared = {"next": pda.next, "move": pda.move, "effects": effects, "popped": popped}
+        tables = {"next": pda.next, "move": pda.move, "effects": effects, "popped": popped}
         levels = torch.zeros(batch, pda.depth + 1, *ended.shape, device=context.device)
         levels[:, 0] = ended.to(context.device)
         stack = context.tokens.new_zeros(batch, pda.depth + 1)
         own = {"state": stack[:, 0].clone(), "level": stack[:, 0].clone(), "stack": stack, "levels": levels}
-        return own | {name: tensor.to(context.device) for name, tensor in shared.items()}
+        return own | {"shared": {name: tensor.to(context.device) for name, tensor in tables.items()}}
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
         if context.step:
@@ -134,32 +133,30 @@ class PushdownConstraint(Constraint):
         n_left = context.n_new - context.step - 1
         here, below = state["levels"][rows, level], state["levels"][rows, (level - 1).clamp(min=0)]  # (B, S, N + 1)
         room = self.pda.depth - level - 1  # after a push
-        popped = state["popped"][room.clamp(min=0), ..., : n_left + 1]  # (B, S, G, S', i), then the rest in n_left - i
+        popped = state["shared"]["popped"][
+            room.clamp(min=0), ..., : n_left + 1
+        ]  # (B, S, G, S', i), then the rest in n_left - i
         pushed = torch.einsum("bsgqi,bqi->bgs", popped, here[..., : n_left + 1].flip(-1))
         pushed = pushed * (room >= 0)[:, None, None]
         nothing = torch.zeros_like(pushed[:, 0, :1])
         possible = torch.cat([nothing, below[..., n_left], here[..., n_left], pushed.flatten(1)], dim=1)
-        effects = state["effects"][state["state"], state["stack"][rows, level]]  # (B, V)
+        effects = state["shared"]["effects"][state["state"], state["stack"][rows, level]]  # (B, V)
         return state, possible.gather(1, effects) > 0
 
     def _moved(self, state: State, token: Tensor) -> State:
         """The state after a token."""
-        tables, own = (state["next"], state["move"]), (state["state"], state["level"], state["stack"])
-        following, level, stack, _ = pda_step(*tables, *own, token)
+        tables, own = state["shared"], (state["state"], state["level"], state["stack"])
+        following, level, stack, _ = pda_step(tables["next"], tables["move"], *own, token)
         rows, is_push = torch.arange(len(token), device=token.device), level > state["level"]
         here = state["levels"][rows, state["level"]]  # (B, S, N + 1)
         n = torch.arange(here.shape[-1], device=token.device)
         rest = here[..., (n - n[:, None]).clamp(min=0)] * (n >= n[:, None])  # (B, S', i, N + 1), shifted by i
         room, symbol = (self.pda.depth - level).clamp(max=self.pda.depth - 1), stack[rows, level].clamp(min=1)
-        popped = state["popped"][room, :, symbol - 1]  # (B, S, S', i)
+        popped = tables["popped"][room, :, symbol - 1]  # (B, S, S', i)
         pushed = torch.einsum("bsqi,bqin->bsn", popped, rest).clamp(max=1.0)
         levels = state["levels"].clone()
         levels[rows, level] = torch.where(is_push[:, None, None], pushed, levels[rows, level])
         return state | {"state": following, "level": level, "stack": stack, "levels": levels}
-
-    def reorder(self, state: State, rows: Tensor) -> State:
-        own = ("state", "level", "stack", "levels")
-        return state | {name: state[name].index_select(0, rows) for name in own}
 
 
 def _check_vocabulary(automaton: DFA | PDA, context: Context) -> None:

@@ -5,7 +5,7 @@ Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W bea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -14,16 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mingpt.decoding.logits_processors import (
-    Constraint,
-    Context,
-    LogitsFunction,
-    LogitsProcessor,
-    Temperature,
-    TopK,
-    as_processors,
-    describe_row,
-)
+from mingpt.decoding.logits_processors import Constraint, Context, FunctionProcessor, LogitsProcessor, Processors
 from mingpt.kv_cache import Cache, KVCache, n_positions
 from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
 
@@ -41,9 +32,8 @@ def generate(
     top_k: int | None = None,
     prefixes: Tensor | Prefix | None = None,
     activations_record: Record | None = None,
-    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    logits_processors: Processors = (),
     *,
-    generator: torch.Generator | None = None,
     seed: int | None = None,
     row_numbers: Sequence[int] | None = None,
     stop_token: int | None = None,
@@ -54,7 +44,7 @@ def generate(
     The KV cache keeps what was read, so each token is read once. A prompt that outgrows ``block_size`` is cropped to
     its last ``block_size`` tokens, as in minGPT. Their positions move then, and all of them are read again.
     Rows that have met the stop token leave the batch. Where constraints leave one token to every row, it is taken
-    without asking the model, unless a processor has to see every step.
+    without asking the model, unless there are other processors, which see every step.
 
     Args:
         model: a GPT, usually in ``eval()`` mode.
@@ -63,14 +53,14 @@ def generate(
         temperature: what the logits are divided by when sampling, after the processors. At 0 the likeliest token is
             taken, as without ``do_sample``.
         do_sample: draw each token from the distribution instead of taking the likeliest.
-        top_k: draw from the k likeliest tokens only. Neither it nor ``temperature`` changes which token is the
-            likeliest, so greedy decoding only checks them.
+        top_k: draw from the k likeliest tokens (Fan et al. 2018) and those as likely as the last of them. Neither it
+            nor ``temperature`` changes which token is the likeliest, so greedy decoding only checks them.
         prefixes: see ``mingpt.prefix.as_prefix``.
         activations_record: a list that receives the activations of all tokens but the last, in one pass.
         logits_processors: see ``mingpt.decoding.logits_processors``; also functions (tokens, logits) -> logits, and
             those of transformers.
-        generator: the source of the seed, where none is given.
-        seed: of sampling. A row's draws are a function of it and the row's number, whatever else is in the batch.
+        seed: of sampling, drawn from torch's global generator by default. A row's draws are a function of it and the
+            row's number, whatever else is in the batch.
         row_numbers: B of them, where the batch is a part of something longer; 0, 1, ... by default.
         stop_token: a row ends with it and is filled up with it.
         forbidden_mass_record: a list that receives, for each step, (B, number of constraints): the probability that
@@ -83,32 +73,32 @@ def generate(
         ValueError: for a prompt, temperature or top_k that makes no sense, where the logits are not numbers, and where
             the processors leave a row no token.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}; 0 decodes greedily")
-    is_sampled = do_sample and temperature > 0
-    processors = as_processors(logits_processors)
-    sampling = [Temperature(temperature)] if temperature not in (0, 1) else []
-    sampling += [TopK(top_k)] if top_k is not None else []
-    if is_sampled:
-        processors += sampling
-        if seed is None:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature is 0 or more and top_k 1 or more, got {temperature} and {top_k}")
+    if not do_sample or temperature == 0:
+        seed = None
+    elif seed is None:
+        seed = int(torch.randint(2**62, ()))
     batch, n_prompt = idx.shape[0], idx.shape[-1]
-    numbers = torch.as_tensor(range(batch) if row_numbers is None else row_numbers, dtype=torch.int64)
+    numbers = torch.as_tensor(range(batch) if row_numbers is None else row_numbers, dtype=torch.int64).to(idx.device)
     if numbers.shape != (batch,):
         raise ValueError(f"{numbers.numel()} row_numbers for {batch} rows; give one for each")
-    numbers = numbers.to(idx.device)
-    rows = Decoding(model, idx, max_new_tokens, prefixes, processors, generator)
+    rows = Decoding(model, idx, max_new_tokens, prefixes, logits_processors)
     tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
     for step in range(max_new_tokens if batch else 0):
         chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
             logits = rows.process_logits(rows.next_logits(), forbidden_mass_record)
-            rows.require_choice(logits.amax(dim=-1), is_sampled)
-            if is_sampled and seed is not None:
-                chosen = _draw(logits, uniform(seed, step, numbers[rows.origin]))
-            else:
+            if seed is None:
+                rows.require_choice(logits.amax(dim=-1))
                 chosen = logits.argmax(dim=-1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, float("-inf"))
+                rows.require_choice(logits.amax(dim=-1), is_sampled=True)
+                chosen = _draw(logits, uniform(seed, step, numbers[rows.origin]))
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
         if stop_token is not None:
@@ -130,7 +120,7 @@ def beam_search(
     n_beams: int,
     *,
     prefixes: Tensor | Prefix | None = None,
-    logits_processors: Iterable[LogitsProcessor | LogitsFunction] = (),
+    logits_processors: Processors = (),
     stop_token: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Search for the likeliest continuations, keeping the W best beginnings at every step.
@@ -155,15 +145,14 @@ def beam_search(
     if n_beams < 1:
         raise ValueError(f"n_beams must be at least 1, got {n_beams}")
     batch = len(idx)
-    rows = Decoding(model, idx, max_new_tokens, prefixes, as_processors(logits_processors), None)
+    rows = Decoding(model, idx, max_new_tokens, prefixes, logits_processors)
     scores = torch.zeros(batch, 1, device=idx.device)
     for step in range(max_new_tokens):
-        has_ended = None if stop_token is None or step == 0 else rows.tokens[:, -1] == stop_token
         log_p = rows.process_logits(F.log_softmax(rows.next_logits(), dim=-1))
-        if has_ended is not None:
-            stop = torch.full_like(log_p[:1], float("-inf"))
-            stop[:, stop_token] = 0
-            log_p = torch.where(has_ended[:, None], stop, log_p)
+        if stop_token is not None and step:
+            has_ended = rows.tokens[:, -1] == stop_token
+            log_p = log_p.masked_fill(has_ended[:, None], float("-inf"))
+            log_p[has_ended, stop_token] = 0
         width, n_tokens = scores.shape[1], log_p.shape[1]
         sums = (scores[:, :, None] + log_p.view(batch, width, n_tokens)).flatten(1)
         sums = F.pad(sums, (0, max(0, n_beams - sums.shape[1])), value=float("-inf"))
@@ -187,13 +176,7 @@ class Decoding:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        idx: Tensor,
-        n_new: int,
-        prefixes: Tensor | Prefix | None,
-        processors: list[LogitsProcessor],
-        generator: torch.Generator | None,
+        self, model: GPT, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors
     ):
         """Check that the prompts can be continued, and make the processors' states."""
         config = model.config
@@ -203,23 +186,18 @@ class Decoding:
             raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
         self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
         n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
-        if n_prompt <= n_prefix:
+        if min(n_prompt, model.block_size) <= n_prefix:
             raise ValueError(
-                f"the prompt has {n_prompt} tokens, of which {n_prefix} are the prefix's: nothing to continue"
+                f"{n_prefix} prefix positions leave nothing to continue in a prompt of {n_prompt} tokens and "
+                f"block_size = {model.block_size}"
             )
-        if n_prefix >= model.block_size:
-            raise ValueError(f"{n_prefix} prefix positions leave no content in block_size = {model.block_size}")
-        self.model, self.processors, self.origin = model, processors, torch.arange(batch, device=idx.device)
-        self.context = Context(idx, n_prompt, n_new, config.vocab_size, generator, n_prefix)
+        self.model, self.origin = model, torch.arange(batch, device=idx.device)
+        self.processors = [p if isinstance(p, LogitsProcessor) else FunctionProcessor(p) for p in processors]
+        self.context = Context(idx, n_prompt, n_new, config.vocab_size, n_prefix)
         self._n_rows, self._n_read = batch, 0
         self._cache: list[KVCache] | None = None
         self._allowed: dict[int, Tensor] | None = None
-        self._states = [processor.init(self.context) for processor in processors] if n_new else []
-        # Only constraints can see a step for which there are no logits.
-        self._can_jump = any(isinstance(each, Constraint) for each in processors) and all(
-            isinstance(each, Constraint) or not (state or getattr(each, "sees_every_step", True))
-            for each, state in zip(processors, self._states, strict=False)
-        )
+        self._states = [processor.init(self.context) for processor in self.processors] if n_new else []
 
     @property
     def tokens(self) -> Tensor:
@@ -261,24 +239,26 @@ class Decoding:
 
         Raises:
             ValueError: if one is minus infinity or not a number, or infinite where its softmax is needed, with its row,
-                its step and the processors' states.
+                its step and the processors.
         """
         is_stuck = ~best.isfinite() if is_sampled else best.isnan() | best.isneginf()
         if is_stuck.any():
             row = int(is_stuck.nonzero()[0])
             so_far = self.tokens[row, self.context.n_prompt :].tolist()
             why = "the processors forbid every token" if best[row].isneginf() else f"its best logit is {best[row]}"
+            names = ", ".join(type(processor).__name__ for processor in self.processors) or "none"
             raise ValueError(
-                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}. The "
-                f"processors' states: {describe_row(self.processors, self._states, row, len(best))}"
+                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}; "
+                f"processors: {names}"
             )
 
     def single_choice(self) -> Tensor | None:
         """The next tokens (B,), if constraints leave each row only one and no processor has to see the logits."""
-        if not self._can_jump:
+        allowed = self._ask()
+        if not allowed or not all(isinstance(each, Constraint) for each in self.processors):
             return None
-        allowed = reduce(torch.logical_and, self._ask().values())
-        return allowed.int().argmax(dim=-1) if bool((allowed.sum(dim=-1) == 1).all()) else None
+        only = reduce(torch.logical_and, allowed.values())
+        return only.int().argmax(dim=-1) if bool((only.sum(dim=-1) == 1).all()) else None
 
     def append(self, chosen: Tensor) -> None:
         """Take the next token of every row, (B,)."""

@@ -9,7 +9,7 @@ them. It does not count the tokens that remain: the text is complete if its end 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from mingpt.decoding.logits_processors import Constraint, Context, State
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import GrammarFormat, LLMatcher, LLTokenizer
 
 
 class GrammarConstraint(Constraint):
@@ -28,42 +28,23 @@ class GrammarConstraint(Constraint):
     which takes about two microseconds, so an earlier state stays as it was.
     """
 
-    def __init__(self, grammar: str, tokenizer: LLTokenizer):
-        """Check a grammar; ``from_lark``, ``from_regex`` and ``from_json_schema`` write one.
+    def __init__(self, form: GrammarFormat, grammar: str, tokenizer: LLTokenizer):
+        """Check a grammar.
 
         Args:
-            grammar: as llguidance writes it.
+            form: "lark", whose first rule is ``start``; "regex", a regular expression over characters; "json_schema",
+                or another that ``llguidance.grammar_from`` reads.
+            grammar: its text.
             tokenizer: what ``tokenizer_of`` gives, or another ``llguidance.LLTokenizer``.
 
         Raises:
-            ValueError: if the grammar does not parse.
+            ValueError: if there is no such form, or the grammar does not parse.
         """
         import llguidance
 
-        self.grammar, self.tokenizer = grammar, tokenizer
-        self._executor = llguidance.LLExecutor()
-        self._check(llguidance.LLMatcher(tokenizer, grammar))
-
-    @classmethod
-    def from_lark(cls, grammar: str, tokenizer: LLTokenizer) -> GrammarConstraint:
-        """Of a grammar in Lark's syntax, whose first rule is ``start``."""
-        import llguidance
-
-        return cls(llguidance.LLMatcher.grammar_from_lark(grammar), tokenizer)
-
-    @classmethod
-    def from_regex(cls, expression: str, tokenizer: LLTokenizer) -> GrammarConstraint:
-        """Of a regular expression over characters."""
-        import llguidance
-
-        return cls(llguidance.LLMatcher.grammar_from_regex(expression), tokenizer)
-
-    @classmethod
-    def from_json_schema(cls, schema: dict[str, Any] | str, tokenizer: LLTokenizer) -> GrammarConstraint:
-        """Of JSON that a schema describes."""
-        import llguidance
-
-        return cls(llguidance.LLMatcher.grammar_from_json_schema(schema), tokenizer)
+        self.tokenizer, self._executor = tokenizer, llguidance.LLExecutor()
+        self._start = llguidance.LLMatcher(tokenizer, llguidance.grammar_from(form, grammar))
+        self._check(self._start)
 
     def init(self, context: Context) -> State:
         """A matcher for each row.
@@ -71,12 +52,9 @@ class GrammarConstraint(Constraint):
         Raises:
             ValueError: if the tokenizer has more tokens than the model.
         """
-        import llguidance
-
         if self.tokenizer.vocab_size > context.vocab_size:
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {context.vocab_size}")
-        first = llguidance.LLMatcher(self.tokenizer, self.grammar)
-        return {"matchers": tuple(first.deep_copy() for _ in context.tokens)}
+        return {"matchers": tuple(self._start.deep_copy() for _ in context.tokens)}
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par

@@ -9,17 +9,15 @@ and none can reach another's state. transformers' own processors work here too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 State = dict[str, Any]
-"""Tensors with the batch first, whose shapes and dtypes stay the same. With a ``reorder`` of one's own there may be
-other things, such as a table that all rows share."""
+"""Tensors with the batch first, whose shapes and dtypes stay the same; what all rows share stands under "shared"."""
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 """(tokens so far (B, T), logits (B, V)) to logits (B, V)."""
@@ -34,7 +32,6 @@ class Context:
         n_prompt: how many of them are the prompt's.
         n_new: how many will have been generated in the end.
         vocab_size: V.
-        generator: the generation's source of random numbers, if it was given one.
         n_placeholders: how many first tokens of the prompt stand for a prefix and are no content.
     """
 
@@ -42,7 +39,6 @@ class Context:
     n_prompt: int
     n_new: int
     vocab_size: int
-    generator: torch.Generator | None = None
     n_placeholders: int = 0
 
     @property
@@ -51,25 +47,13 @@ class Context:
         return self.tokens.shape[1] - self.n_prompt
 
     @property
-    def content(self) -> Tensor:
-        """The tokens without the placeholders of a prefix."""
-        return self.tokens[:, self.n_placeholders :]
-
-    @property
     def device(self) -> torch.device:
         """Where the tokens are."""
         return self.tokens.device
 
 
 class LogitsProcessor:
-    """The base class. A subclass defines ``process``, and also ``init`` if it has a state.
-
-    Attributes:
-        sees_every_step: no step may be skipped, even where constraints leave only one token. A processor with a state
-            always sees every step.
-    """
-
-    sees_every_step: bool = False
+    """The base class. A subclass defines ``process``, and also ``init`` if it has a state."""
 
     def init(self, context: Context) -> State:
         """The state before the first token, in its final shapes."""
@@ -84,7 +68,7 @@ class LogitsProcessor:
 
     def reorder(self, state: State, rows: Tensor) -> State:
         """The state after row i has become what row ``rows[i]`` was."""
-        return {name: value.index_select(0, rows) for name, value in state.items()}
+        return {name: value if name == "shared" else value.index_select(0, rows) for name, value in state.items()}
 
 
 class Constraint(LogitsProcessor):
@@ -104,90 +88,25 @@ class FunctionProcessor(LogitsProcessor):
     """A function (tokens, logits) -> logits, or one of transformers' LogitsProcessor objects, as a processor.
 
     It gets the content's tokens, without a prefix's placeholders, and logits of its own to write to. A number of prompt
-    tokens that it is configured with counts the content only. It may remember what it saw, so no step is skipped for
-    it. What it remembers is its own affair: an object that does serves one generation only.
+    tokens that it is configured with counts the content only. What it remembers is its own affair: an object that does
+    serves one generation only.
     """
 
-    sees_every_step = True
-
     def __init__(self, function: LogitsFunction):
+        """Take a function.
+
+        Raises:
+            TypeError: if it cannot be called.
+        """
+        if not callable(function):
+            raise TypeError(
+                f"a logits processor is a LogitsProcessor or a function (tokens, logits) -> logits; got {function!r}"
+            )
         self.function = function
 
     def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, self.function(context.content, logits.clone())
+        return state, self.function(context.tokens[:, context.n_placeholders :], logits.clone())
 
 
-def as_processors(processors: Iterable[LogitsProcessor | LogitsFunction]) -> list[LogitsProcessor]:
-    """Read what a user gives as ``logits_processors=``.
-
-    Raises:
-        TypeError: for what is neither a processor nor a function.
-    """
-    read: list[LogitsProcessor] = []
-    for processor in processors:
-        names = ("init", "process", "reorder")
-        if isinstance(processor, LogitsProcessor) or all(callable(getattr(processor, name, None)) for name in names):
-            read.append(cast(LogitsProcessor, processor))
-        elif callable(processor):
-            read.append(FunctionProcessor(processor))
-        else:
-            raise TypeError(
-                "a logits processor has init, process and reorder, or is a function (tokens, logits) -> logits; "
-                f"got {processor!r}"
-            )
-    return read
-
-
-# ------------------------------------------------------------------------------------- sampling
-
-
-class Temperature(LogitsProcessor):
-    """Divide the logits by a temperature; below 1 likely tokens become likelier."""
-
-    def __init__(self, temperature: float):
-        if temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {temperature}; generate(temperature=0) decodes greedily"
-            )
-        self.temperature = temperature
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        return state, logits / self.temperature
-
-
-class TopK(LogitsProcessor):
-    """Leave the k likeliest tokens (Fan et al. 2018), and those as likely as the last of them."""
-
-    def __init__(self, k: int):
-        if k < 1:
-            raise ValueError(f"top_k must be at least 1, got {k}")
-        self.k = k
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        least = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]
-        return state, logits.masked_fill(logits < least, float("-inf"))
-
-
-class TopP(LogitsProcessor):
-    """Leave the fewest likeliest tokens whose probabilities reach p together (Holtzman et al. 2020)."""
-
-    def __init__(self, p: float):
-        if not 0 < p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {p}")
-        self.p = p
-
-    def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:
-        ordered, order = logits.sort(dim=-1)  # from the least likely on
-        is_removed = F.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1 - self.p
-        is_removed[:, -1] = False
-        return state, logits.masked_fill(torch.zeros_like(is_removed).scatter(1, order, is_removed), float("-inf"))
-
-
-def describe_row(processors: Sequence[LogitsProcessor], states: Sequence[State], row: int, n_rows: int) -> str:
-    """Each processor's name and its state of one row, for a message."""
-
-    def own(state: State) -> str:
-        rows = {name: value for name, value in state.items() if isinstance(value, Tensor) and len(value) == n_rows}
-        return ", ".join(f"{name} = {value[row].tolist()}" for name, value in rows.items() if value.ndim < 3)
-
-    return "; ".join(f"{type(p).__name__}({own(state)})" for p, state in zip(processors, states, strict=True))
+Processors = Iterable[LogitsProcessor | LogitsFunction]
+"""What a user gives as ``logits_processors=``."""

@@ -38,8 +38,8 @@ def texts(tokens):
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_llguidance_agrees_on_regular_languages(expression):
     """After every beginning of up to four letters that can be completed, the same tokens may follow."""
-    dfa = DFA.from_regex(expression, 5, [*LETTERS, "e"]).ended_by(4)
-    grammar = GrammarConstraint.from_regex(expression, tokenizer_of([*LETTERS, "end"], end_token=4))
+    dfa = DFA.from_regex(f"({expression})e*", 5, [*LETTERS, "e"])
+    grammar = GrammarConstraint("regex", expression, tokenizer_of([*LETTERS, "end"], end_token=4))
     can_end = dfa.completable(len(dfa.next)).any(dim=0)  # (S,)
     for n_tokens in range(5):
         strings = all_strings(n_tokens)
@@ -58,12 +58,12 @@ def test_llguidance_agrees_on_regular_languages(expression):
 
 
 def test_the_laws():
-    check_processor_laws(GrammarConstraint.from_lark(LARK, tokenizer_of(SPELLINGS, END)), vocab_size=V)
+    check_processor_laws(GrammarConstraint("lark", LARK, tokenizer_of(SPELLINGS, END)), vocab_size=V)
 
 
 def test_what_is_generated_is_in_the_grammar():
     model, prompts = random_model(block_size=40), random_prompts(300)
-    grammar = GrammarConstraint.from_lark(LARK, tokenizer_of(SPELLINGS, END))
+    grammar = GrammarConstraint("lark", LARK, tokenizer_of(SPELLINGS, END))
     tokens = generate(model, prompts, 30, logits_processors=[grammar], do_sample=True, seed=0, stop_token=END)
     found = [text for text in texts(tokens[:, T:]) if text is not None]
     assert len(found) > 100
@@ -84,8 +84,10 @@ def test_json_of_a_schema():
         "required": ["a", "b"],
         "additionalProperties": False,
     }
-    grammar = GrammarConstraint.from_json_schema(
-        {**schema, "x-guidance": {"whitespace_flexible": False}}, tokenizer_of(spellings, END)
+    grammar = GrammarConstraint(
+        "json_schema",
+        json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}}),
+        tokenizer_of(spellings, END),
     )
     model = random_model(block_size=40)
     tokens = generate(
@@ -99,11 +101,13 @@ def test_json_of_a_schema():
 def test_what_makes_no_sense_is_refused():
     tokenizer = tokenizer_of(SPELLINGS, END)
     with pytest.raises(ValueError, match=r"the grammar cannot go on: .*foo"):
-        GrammarConstraint.from_lark("start: foo", tokenizer)
+        GrammarConstraint("lark", "start: foo", tokenizer)
     with pytest.raises(ValueError, match="the grammar cannot go on"):
-        GrammarConstraint.from_regex("(1", tokenizer)
+        GrammarConstraint("regex", "(1", tokenizer)
+    with pytest.raises(ValueError, match="Unknown grammar type: yacc"):
+        GrammarConstraint("yacc", "1", tokenizer)
     with pytest.raises(ValueError, match=f"has {V} tokens, the model 5"):
-        GrammarConstraint.from_regex("1", tokenizer).init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, 3, 5))
+        GrammarConstraint("regex", "1", tokenizer).init(Context(torch.zeros(1, 1, dtype=torch.int64), 1, 3, 5))
     for end_token in (-1, V):
         with pytest.raises(ValueError, match=f"there is no token {end_token} to end with; they go from 0 to 10"):
             tokenizer_of(SPELLINGS, end_token)

@@ -153,7 +153,18 @@ def test_torchrun_reproduces(tmp_path):
     sizes = {"model.n_embd": 8, "trainer.max_iters": 2, "prefix.max_iters": 2, "prefix.batch_size": 2}
     sizes |= {"evaluation.n_rows": 10, "evaluation.n_matrix_rows": 5}
     settings = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
-    command = [*TORCHRUN, "-m", "mingpt", "--", "reproduce", "--preset", "smoke", "--run", str(tmp_path / "run"), *settings]
+    command = [
+        *TORCHRUN,
+        "-m",
+        "mingpt",
+        "--",
+        "reproduce",
+        "--preset",
+        "smoke",
+        "--run",
+        str(tmp_path / "run"),
+        *settings,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all seven mixed") == 1  # one process prints
