@@ -1,6 +1,6 @@
 """Count the code lines of the package, of each file and in all: lines that are neither blank, comment nor docstring.
 
-    python benchmarks/count_lines.py [FOLDER]
+python benchmarks/count_lines.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ SMALLER = {
     r"prefix\.max_iters=3000": "prefix.max_iters=3",
     r"^make ": f"make --dry-run --directory {shlex.quote(str(REPOSITORY))} ",
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
-    r"^mingpt compare ": "mingpt compare --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",
     r"runs/seed": "runs/smoke",
     r"-- reproduce ": "-- reproduce --preset smoke ",
@@ -69,12 +68,11 @@ class Reader:
         )  # fmt: skip
 
     def read_to(self, number: int) -> None:
-        """Run the blocks up to and with this one; of those before it the ones that later blocks build on."""
-        for before in range(self.n_done, number):
-            if not is_slow(BLOCKS[before][1]):
-                self.run(before)
-        self.run(number)
-        self.n_done = max(self.n_done, number + 1)
+        """Run this block, and of those before it the ones that are quick and were not run yet."""
+        earlier = [each for each in range(self.n_done, number) if not is_slow(BLOCKS[each][1])]
+        self.n_done = number + 1
+        for each in [*earlier, number]:
+            self.run(each)
 
     def run(self, number: int) -> None:
         language, block = BLOCKS[number]
@@ -101,7 +99,6 @@ class Reader:
                 ["bash", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-
 
 
 def is_slow(block: str) -> bool:
