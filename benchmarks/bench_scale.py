@@ -4,8 +4,8 @@
 
 Time is of a forward and a backward pass, the median of the rounds, all sizes in turn. Memory is what the forward pass
 keeps for the backward pass, counted in bytes of distinct storages and therefore exact, with what training holds beside
-it: gradients, and AdamW's two moments of each trainable parameter. The dashed line is the arithmetic: the multiplications of a
-step, through the base point of the axis.
+it: gradients, and AdamW's two moments of each trainable parameter. The dashed line is the arithmetic: the
+multiplications of a step, through the base point of the axis.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class Reader:
     def run_python(self, block: str) -> None:
         if name := re.match(r"# (\w+\.py)\n", block):
             (self.folder / name[1]).write_text(block)
-        assert self.python.stdin and self.python.stdout
+        assert self.python.stdin
+        assert self.python.stdout
         self.python.stdin.write(json.dumps(block) + "\n")
         self.python.stdin.flush()
         printed, error = json.loads(self.python.stdout.readline())
