@@ -214,7 +214,7 @@ def format_row(name: str, seconds: dict[str, list[float]]) -> str:
 
 def whole_experiment(folder: Path, times: dict[str, dict[str, list[float]]]) -> str:
     """A run's seconds beside what the reference would take for the published iterations of the same model."""
-    seconds = sum(json.loads((folder / "results.json").read_text())["seconds"].values())
+    seconds = sum(json.loads((folder / "results.json").read_text())["value"]["seconds"].values())
     stages = ("pretraining step, 512 rows", "1 prefix, 512 rows")
     steps_of = [64 * statistics.median(times[stage]["reference"]) for stage in stages]
     reference = sum(n * each for n, each in zip(PUBLISHED_ITERS, steps_of, strict=True))
