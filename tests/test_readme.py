@@ -142,7 +142,9 @@ def test_the_commands_within_the_text_are_right(command):
     known.make_context(name, arguments)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "checkpoints/README.md", "docs/methods.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "checkpoints/README.md", "docs/methods.md", "docs/performance.md"]
+)
 def test_what_pages_point_to_is_there(page):
     text = (REPOSITORY / page).read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
