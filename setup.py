@@ -11,7 +11,7 @@ version = re.search(r'__version__ = "(.*)"', (HERE / "mingpt" / "__init__.py").r
 setup(
     name="mingpt-prefix-tuning",
     version=version.group(1),
-    description="What can a prefix teach a frozen transformer? A minGPT sandbox for prefix-tuning research",
+    description="What can a prefix make a frozen transformer do? A minGPT sandbox for prefix-tuning research",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -21,6 +21,7 @@ setup(
     install_requires=[
         "torch>=2.10",
         "numpy>=1.26",
+        "pandas>=2.2",
         "safetensors>=0.4",
         "matplotlib>=3.8",
         "seaborn>=0.13",

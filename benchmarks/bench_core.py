@@ -10,8 +10,8 @@ The baselines:
 (these two with the same GELU as the package, the reference with minGPT's)
 and the limit, the rate at which torch multiplies the model's own matrices in that precision.
 
-A time is of one row of the work; a ratio is a peer's time by the package's, the median of the rounds with the smallest
-and the largest. A peer that is not installed is left out.
+A time is of one row of the work; a ratio is a baseline's time by the package's, the median of the rounds with the
+smallest and the largest. A baseline that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
-    """Yield each measurement's name, and the work of the package and of each peer, for the laptop preset."""
+    """Yield each measurement's name, and the work of the package and of each baseline, for the laptop preset."""
     config = presets.get_default_config("laptop")
     config.trainer.precision = config.prefix.precision = precision
     tasks = [*PRETRAINING_TASKS, *TEST_TASKS]
@@ -122,19 +122,19 @@ def measurements(precision: str) -> Iterator[tuple[str, dict[str, Work]]]:
     x1, y1 = sort.batch(range(512))
     prefix = initial_prefix(model, n_positions)
     old_prefix = ReferenceLoop(pipeline.build_model(ancestor), Trainer.get_default_config(), prefix.detach().clone())
-    rivals = {
+    others = {
         "reference": (lambda: old_prefix.step(x1[:64], y1[:64]), 64),
         "limit": (matrix_products(model, precision, 512 * (2 * length - 1), 2), 512),
     }
     if has_peft and has_transformers:
-        rivals["transformers"] = (baselines.peft_step(model.config, precision, n_positions, x1, y1), 512)
+        others["transformers"] = (baselines.peft_step(model.config, precision, n_positions, x1, y1), 512)
     single = PrefixTrainer(short(config.prefix, batch_size=512), model, sort, prefix)
-    yield ("1 prefix, 512 rows", {"package": steps(single, 512)} | rivals)
+    yield ("1 prefix, 512 rows", {"package": steps(single, 512)} | others)
 
     values = prefix.detach().repeat(len(tasks), 1, 1, 1)
     datasets = [pipeline.dataset(config, "train", [task]) for task in tasks]
     joint = PrefixTrainer(short(config.prefix, batch_size=512 // len(tasks)), model, datasets, values)
-    yield (f"{len(tasks)} prefixes, 512 rows", {"package": steps(joint, 512)} | rivals)
+    yield (f"{len(tasks)} prefixes, 512 rows", {"package": steps(joint, 512)} | others)
 
     inputs, _ = CustomDataset("test", tasks[:1]).rows(range(3200))
     learned = prefix.detach()
@@ -201,7 +201,7 @@ def seconds_per_row(work: Work) -> float:
 
 
 def format_row(name: str, seconds: dict[str, list[float]]) -> str:
-    """A line of the table: the package's time, and the ratio of each peer's to it."""
+    """A line of the table: the package's time, and the ratio of each baseline's to it."""
     own = seconds["package"]
     ratios = {
         who: sorted(theirs / ours for theirs, ours in zip(values, own, strict=True))
@@ -214,7 +214,7 @@ def format_row(name: str, seconds: dict[str, list[float]]) -> str:
 
 def whole_experiment(folder: Path, times: dict[str, dict[str, list[float]]]) -> str:
     """A run's seconds beside what the reference would take for the published iterations of the same model."""
-    seconds = sum(json.loads((folder / "results.json").read_text())["seconds"].values())
+    seconds = sum(json.loads((folder / "results.json").read_text())["value"]["seconds"].values())
     stages = ("pretraining step, 512 rows", "1 prefix, 512 rows")
     steps_of = [64 * statistics.median(times[stage]["reference"]) for stage in stages]
     reference = sum(n * each for n, each in zip(PUBLISHED_ITERS, steps_of, strict=True))

@@ -26,7 +26,7 @@ from mingpt.prefix import initial_prefix
 LENGTH, PADDING = 10, 10
 
 
-def answer(kind: str, n_rows: int, batch_size: int) -> None:
+def measure(kind: str, n_rows: int, batch_size: int) -> None:
     """Time one way and print rows per second."""
     torch.manual_seed(0)
     model = build_model(get_default_config()).eval()
@@ -38,7 +38,7 @@ def answer(kind: str, n_rows: int, batch_size: int) -> None:
 
     def loop(examples: list[torch.Tensor]) -> list[list[int]]:
         starts = range(0, len(examples), batch_size)
-        return [answer for i in starts for answer in answer(torch.stack(examples[i : i + batch_size]))]
+        return [row for i in starts for row in answer(torch.stack(examples[i : i + batch_size]))]
 
     def predictor(examples: list[torch.Tensor]) -> list[list[int]]:
         return Predictor(torch.stack, answer).predict(examples, batch_size)
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["loop", "predictor"], help="time this one only, as a part of the whole")
     options = parser.parse_args()
     if options.kind:
-        answer(options.kind, options.rows, options.batch_size)
+        measure(options.kind, options.rows, options.batch_size)
         return
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     ways = {

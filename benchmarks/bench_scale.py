@@ -4,8 +4,8 @@
 
 Time is of a forward and a backward pass, the median of the rounds, all sizes in turn. Memory is what the forward pass
 keeps for the backward pass, counted in bytes of distinct storages and therefore exact, with what training holds beside
-it: gradients, and AdamW's two numbers for each trained one. The dashed line is the arithmetic: the multiplications of a
-step, through the base point of the axis.
+it: gradients, and AdamW's two moments of each trainable parameter. The dashed line is the arithmetic: the
+multiplications of a step, through the base point of the axis.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Case:
         s, n_tokens = self.sizes, 2 * self.sizes["L"] - 1
         matrices = 12 * s["width"] ** 2 * s["batch"] * n_tokens
         attention = 2 * s["width"] * s["batch"] * n_tokens * (n_tokens + s["P"])
-        cached = 2 * s["width"] ** 2 * s["P"] * s["K"] if self.kind == "prefix" else 12 * s["width"] ** 2 * s["P"]
-        return s["depth"] * float(matrices + attention + cached)
+        cache = 2 * s["width"] ** 2 * s["P"] * s["K"] if self.kind == "prefix" else 12 * s["width"] ** 2 * s["P"]
+        return s["depth"] * float(matrices + attention + cache)
 
 
 def main() -> None:

@@ -175,9 +175,7 @@ class Decoding:
         origin: (B,) of int64, which prompt each of them continues.
     """
 
-    def __init__(
-        self, model: GPT, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors
-    ):
+    def __init__(self, model: GPT, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors):
         """Check that the prompts can be continued, and make the processors' states."""
         config = model.config
         check_tokens(idx, config.vocab_size)
