@@ -48,8 +48,7 @@ _CONSTRAINTS = {
 
 def main() -> None:
     """Run the command line: a mistake gives one line and exit code 2, an interruption 130."""
-    level = logging.INFO if _is_main() else logging.WARNING
-    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
     try:
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
     except (click.Abort, KeyboardInterrupt):
@@ -271,11 +270,9 @@ def compare(tasks: list[Task], methods: str | None, n_parameters: int | None, as
 def evaluate_command(names: tuple[str, ...], without_prefix: bool, rows: int, as_json: bool, **options: Any) -> None:
     """Evaluate each TASK, or every prefix of the run."""
     model, prefixes, data, run = _load(**options)
-    chosen: dict[str, Any] = dict.fromkeys(names or prefixes)
+    chosen = dict((name, None) if without_prefix else _find_prefix(prefixes, name, run) for name in names or prefixes)
     if not chosen:
         raise ValueError(f"no prefixes in {run}; 'mingpt prefix TASK' makes one")
-    if not without_prefix:
-        chosen = dict(_find_prefix(prefixes, name, run) for name in chosen)
     sets = {name: CustomDataset.from_description(data, split="test", tasks=[_task_of(name)]) for name in chosen}
     _echo_scores({name: evaluate(model, sets[name], prefix, rows) for name, prefix in chosen.items()}, as_json)
 
@@ -297,14 +294,13 @@ def generate(
     sampling = _sampling(options)
     model, prefixes, data, run = _load(**options)
     length, vocab_size = data["length"], model.config.vocab_size
-    prompt = torch.tensor([[0] * data["prefix_padding"] + _read_row(row, "the row", length, vocab_size)])
+    values = [0] * data["prefix_padding"] + _read_row(row, "the row", length, vocab_size)
     processors: list[Any] = [_CONSTRAINTS[name] for name in constraints]
     if regex is not None:
         processors.append(RegularConstraint(DFA.from_regex(regex, vocab_size)))
     prefix = None if task is None else _find_prefix(prefixes, task, run)[1]
-    tokens = model.generate(
-        prompt.to(model.device), length, prefixes=prefix, logits_processors=processors, seed=seed, **sampling
-    )
+    prompt = torch.tensor([values], device=model.device)
+    tokens = model.generate(prompt, length, prefixes=prefix, logits_processors=processors, seed=seed, **sampling)
     _echo(" ".join(map(str, tokens[0, -length:].tolist())))
 
 

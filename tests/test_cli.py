@@ -212,7 +212,7 @@ def test_a_model_saved_without_its_data_is_one_line(run, tmp_path):
     for command in (["eval", "Add1"], ["generate", ROW]):
         code, out, err = run(*command, "--run", tmp_path)
         assert (code, out) == (2, "")
-        assert "does not say what data it was trained on" in err.splitlines()[-1]
+        assert "was saved without a description of its data" in err.splitlines()[-1]
 
 
 def test_compare_prints_its_table_and_draws_it_afterwards(run, copy, monkeypatch):

@@ -26,11 +26,10 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
     if precision != "auto":
         return precision
     kind = torch.device(device).type
+    capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    is_native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     if kind == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
-        is_native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return "bfloat16" if is_native else "float32"
 
 
