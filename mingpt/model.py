@@ -369,7 +369,7 @@ class GPT(nn.Module):
             for layer, block in enumerate(self.blocks):
                 block(prefix.values[:, layer], None, mask, own, None)
         full = [(name, F.pad(content, (0, 0, prefix.n_positions, 0))) for name, content in record]
-        for (_, padded), (_, seen) in zip(full, own, strict=bool(own)):  # a key_value prefix has no own
+        for (_, padded), (_, seen) in zip(full, own, strict=False):  # a key_value prefix has none
             rows = prefix.prefix_of_row(len(padded)).cpu()
             padded[..., : prefix.n_positions, : seen.shape[-1]] = seen[rows]
         return full

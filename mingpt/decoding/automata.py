@@ -142,16 +142,14 @@ class PDA:
         shapes = [tuple(each.shape) for each in (self.next, self.move, self.is_accepting)]
         if self.next.ndim != 3 or shapes[1:] != [shapes[0], shapes[0][:1]] or not self.next.numel():
             raise ValueError(
-                "next, move and is_accepting must be (S, G + 1, V) twice and (S,), got {}, {} and {}".format(*shapes)
+                "next and move must be (S, G + 1, V) and is_accepting (S,), got {}, {}, {}".format(*shapes)
             )
         n_states, n_tops, _ = self.next.shape
         is_pop_of_nothing = (self.move[:, 0] == POP) & (self.next[:, 0] >= 0)
         beyond = self.next.max() >= n_states or self.move.max() >= n_tops or self.move.min() < POP
         if beyond or is_pop_of_nothing.any() or self.depth < 1:
-            raise ValueError(
-                f"a move goes beyond {n_states} states or {n_tops - 1} stack symbols, or pops from an empty stack, "
-                f"or depth = {self.depth} is below 1"
-            )
+            known = f"{n_states} states, {n_tops - 1} stack symbols and depth = {self.depth}"
+            raise ValueError(f"a move goes beyond them or pops from an empty stack, or the depth is below 1: {known}")
 
     @property
     def vocab_size(self) -> int:

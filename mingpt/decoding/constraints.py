@@ -50,7 +50,7 @@ class MonotoneConstraint(Constraint):
         self.is_descending = is_descending
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
-        tokens = torch.arange(context.vocab_size, device=context.device)
+        tokens = torch.arange(context.vocab_size, device=context.tokens.device)
         if context.step == 0:
             return state, torch.ones_like(tokens, dtype=torch.bool).expand(len(context.tokens), -1)
         last = context.tokens[:, -1:]
@@ -79,14 +79,10 @@ class RegularConstraint(Constraint):
             raise _nothing_accepted(n_new, dfa.completable(64)[:, 0])
         distinct, index = away[:n_new].unique(dim=0, return_inverse=True)
         allowed = distinct[:, dfa.next].flatten(0, 1)  # (one for each of them and each state, V)
-        return {
-            "state": context.tokens.new_zeros(len(context.tokens)),
-            "shared": {
-                "next": dfa.next.to(context.device),
-                "allowed": allowed.to(context.device),
-                "first": (index.flip(0) * len(dfa.next)).tolist(),  # where a step's states are among the allowed
-            },
-        }
+        first = (index.flip(0) * len(dfa.next)).tolist()  # where a step's states are among the allowed
+        device = context.tokens.device
+        tables = {"next": dfa.next.to(device), "allowed": allowed.to(device), "first": first}
+        return {"state": context.tokens.new_zeros(len(context.tokens)), "shared": tables}
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
         own, tables, step = state["state"], state["shared"], context.step
@@ -120,16 +116,16 @@ class PushdownConstraint(Constraint):
         # What a move leads to, as a number: 0 for nothing, or a state after a move that pops, stays or pushes a symbol.
         effects = torch.where(pda.next < 0, 0, 1 + (pda.move - POP) * len(pda.next) + pda.next)
         tables = {"next": pda.next, "move": pda.move, "effects": effects, "popped": popped}
-        levels = torch.zeros(batch, pda.depth + 1, *ended.shape, device=context.device)
-        levels[:, 0] = ended.to(context.device)
+        levels = torch.zeros(batch, pda.depth + 1, *ended.shape, device=context.tokens.device)
+        levels[:, 0] = ended.to(context.tokens.device)
         stack = context.tokens.new_zeros(batch, pda.depth + 1)
         own = {"state": stack[:, 0].clone(), "level": stack[:, 0].clone(), "stack": stack, "levels": levels}
-        return own | {"shared": {name: tensor.to(context.device) for name, tensor in tables.items()}}
+        return own | {"shared": {name: tensor.to(context.tokens.device) for name, tensor in tables.items()}}
 
     def allowed(self, state: State, context: Context) -> tuple[State, Tensor]:
         if context.step:
             state = self._moved(state, context.tokens[:, -1])
-        rows, level = torch.arange(len(context.tokens), device=context.device), state["level"]
+        rows, level = torch.arange(len(context.tokens), device=context.tokens.device), state["level"]
         n_left = context.n_new - context.step - 1
         here, below = state["levels"][rows, level], state["levels"][rows, (level - 1).clamp(min=0)]  # (B, S, N + 1)
         room = self.pda.depth - level - 1  # after a push
@@ -165,9 +161,6 @@ def _check_vocabulary(automaton: DFA | PDA, context: Context) -> None:
 
 
 def _nothing_accepted(n_new: int, is_accepted: Tensor) -> ValueError:
-    """The error that says which lengths are accepted instead, of (N + 1,)."""
-    lengths = is_accepted.nonzero().flatten().tolist()
-    found = f"what it accepts has {', '.join(map(str, lengths[:6]))}{', ...' if len(lengths) > 6 else ''} tokens"
-    if not lengths:
-        found = f"it accepts nothing of up to {len(is_accepted) - 1} tokens at all"
-    return ValueError(f"the automaton accepts nothing of {n_new} tokens; {found}")
+    """The error that says which lengths are accepted instead, from (N + 1,) of bool."""
+    first = ", ".join(map(str, is_accepted.nonzero().flatten().tolist()[:6])) or f"none up to {len(is_accepted) - 1}"
+    return ValueError(f"the automaton accepts nothing of {n_new} tokens; the first lengths that it accepts: {first}")

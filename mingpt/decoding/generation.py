@@ -185,10 +185,8 @@ class Decoding:
         self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
         n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
         if min(n_prompt, model.block_size) <= n_prefix:
-            raise ValueError(
-                f"{n_prefix} prefix positions leave nothing to continue in a prompt of {n_prompt} tokens and "
-                f"block_size = {model.block_size}"
-            )
+            sizes = f"a prompt of {n_prompt} tokens and block_size = {model.block_size}"
+            raise ValueError(f"{n_prefix} prefix positions leave nothing to continue in {sizes}")
         self.model, self.origin = model, torch.arange(batch, device=idx.device)
         self.processors = [p if isinstance(p, LogitsProcessor) else FunctionProcessor(p) for p in processors]
         self.context = Context(idx, n_prompt, n_new, config.vocab_size, n_prefix)
@@ -244,11 +242,9 @@ class Decoding:
             row = int(is_stuck.nonzero()[0])
             so_far = self.tokens[row, self.context.n_prompt :].tolist()
             why = "the processors forbid every token" if best[row].isneginf() else f"its best logit is {best[row]}"
-            names = ", ".join(type(processor).__name__ for processor in self.processors) or "none"
-            raise ValueError(
-                f"nothing may follow in row {int(self.origin[row])} at step {len(so_far)}, after {so_far}: {why}; "
-                f"processors: {names}"
-            )
+            where = f"row {int(self.origin[row])} at step {len(so_far)}, after {so_far}"
+            names = [type(processor).__name__ for processor in self.processors]
+            raise ValueError(f"nothing may follow in {where}: {why}; processors: {', '.join(names)}")
 
     def single_choice(self) -> Tensor | None:
         """The next tokens (B,), if constraints leave each row only one and no processor has to see the logits."""

@@ -70,7 +70,7 @@ class GrammarConstraint(Constraint):
         fill_next_token_bitmask_par(self._executor, numbered, bits)
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : context.vocab_size]
         allowed[:, self.tokenizer.vocab_size :] = 0
-        return {"matchers": matchers}, torch.from_numpy(allowed).bool().to(context.device)
+        return {"matchers": matchers}, torch.from_numpy(allowed).bool().to(context.tokens.device)
 
     def reorder(self, state: State, rows: Tensor) -> State:
         return {"matchers": tuple(state["matchers"][row] for row in rows.tolist())}

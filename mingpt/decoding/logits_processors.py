@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 State = dict[str, Any]
@@ -45,11 +44,6 @@ class Context:
     def step(self) -> int:
         """How many tokens were generated."""
         return self.tokens.shape[1] - self.n_prompt
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tokens are."""
-        return self.tokens.device
 
 
 class LogitsProcessor:
@@ -99,9 +93,7 @@ class FunctionProcessor(LogitsProcessor):
             TypeError: if it cannot be called.
         """
         if not callable(function):
-            raise TypeError(
-                f"a logits processor is a LogitsProcessor or a function (tokens, logits) -> logits; got {function!r}"
-            )
+            raise TypeError(f"neither a LogitsProcessor nor a function (tokens, logits) -> logits: {function!r}")
         self.function = function
 
     def process(self, state: State, logits: Tensor, context: Context) -> tuple[State, Tensor]:

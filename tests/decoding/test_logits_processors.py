@@ -216,7 +216,7 @@ def test_no_step_is_skipped_for_a_processor_with_private_state():
 
 
 def test_what_is_no_processor_is_refused():
-    with pytest.raises(TypeError, match=r"a LogitsProcessor or a function \(tokens, logits\) -> logits; got 3"):
+    with pytest.raises(TypeError, match=r"neither a LogitsProcessor nor a function \(tokens, logits\) -> logits: 3"):
         generate(random_model(), random_prompts(), N_NEW, logits_processors=[3])
 
 
