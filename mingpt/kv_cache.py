@@ -24,7 +24,7 @@ class KVCache:
     Appending writes into that room, so nothing is copied for a new token. Gradients do not pass through it.
     """
 
-    def __init__(self, cache: LayerCache, batch_size: int, n_positions: int):
+    def __init__(self, cache: LayerKV, batch_size: int, n_positions: int):
         """Copy a cache for ``batch_size`` rows, and leave room up to ``n_positions``."""
         first, _ = pieces_of(cache)[0]
         self._keys = first.new_empty(batch_size, first.shape[1], 1, n_positions, first.shape[-1])
@@ -52,14 +52,14 @@ class KVCache:
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
 
-LayerCache = list[KeysValues] | KVCache
+LayerKV = list[KeysValues] | KVCache
 """One layer's KV cache: pieces in the order of their positions, or the buffer of a batch that is being decoded."""
 
-Cache = Sequence[LayerCache]
-"""The LayerCache of every layer in order."""
+Cache = Sequence[LayerKV]
+"""The LayerKV of every layer in order."""
 
 
-def pieces_of(cache: LayerCache | None) -> list[KeysValues]:
+def pieces_of(cache: LayerKV | None) -> list[KeysValues]:
     """A layer's keys and values in the order of their positions."""
     return cache.pieces if isinstance(cache, KVCache) else cache or []
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt.decoding import generation
-from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerCache, n_positions, pieces_of
+from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerKV, n_positions, pieces_of
 from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
 from mingpt.utils import CfgNode, nearest
 
@@ -68,8 +68,8 @@ class CausalSelfAttention(nn.Module):
         return heads.permute(3, 0, 4, 1, 2, 5)
 
     def forward(
-        self, x: Tensor, kv_cache: LayerCache | None = None, mask: Tensor | None = None, n_last: int | None = None
-    ) -> tuple[Tensor, LayerCache, Tensor]:
+        self, x: Tensor, kv_cache: LayerKV | None = None, mask: Tensor | None = None, n_last: int | None = None
+    ) -> tuple[Tensor, LayerKV, Tensor]:
         """Attend to the cached positions and to the content.
 
         Args:
@@ -133,8 +133,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, kv_cache: LayerCache | None, mask: Tensor | None, record: Record | None, n_last: int | None
-    ) -> tuple[Tensor, LayerCache]:
+        self, x: Tensor, kv_cache: LayerKV | None, mask: Tensor | None, record: Record | None, n_last: int | None
+    ) -> tuple[Tensor, LayerKV]:
         """Run attention and the MLP, see ``CausalSelfAttention.forward``.
 
         Args:
@@ -352,7 +352,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = causal_mask(n_tokens, n_cached, x.device) if n_tokens > 1 else None
-        new_cache: list[LayerCache] = []
+        new_cache: list[LayerKV] = []
         for layer, block in enumerate(self.blocks):
             n_out = n_last if layer == self.config.n_layer - 1 else None
             x, layer_cache = block(x, None if kv_cache is None else kv_cache[layer], mask, record, n_out)
