@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def _of_type(value: Any, default: Any) -> Any:
     kind = type(default)
     if kind is tuple:
         return tuple(_of_type(*pair) for pair in zip(value, default, strict=True))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = issubclass(type(value), Real) and type(value) is not bool
     if is_number and (kind is float or (kind is int and value % 1 == 0)):
         return kind(value)
     if kind not in (type(value), type(None)):

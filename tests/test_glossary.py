@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 OLD = [
-    r"make_same|shared_out|split_like|own_part|\bPart\b",
+    r"make_same|shared_out|split_like|own_part|\bPart\b(?! (one|two))",
     r"\bWATCHING\b|import watch\b|def report\b",
     r"\bstages?\.(?!py)|made_of|fingerprint|\bremember\(",
     r"\bpast\b|\bLayerCache\b|\bLayerPast\b|past_of_prefix|\.extend\((tokens|None|idx)",

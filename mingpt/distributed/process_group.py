@@ -128,13 +128,13 @@ def _call_on_all(function: Callable[[], Any]) -> list[Any]:
         result = function()
     except Exception as raised:  # kept until the processes have met
         error = raised
-    outcomes = all_gather((result, error and f"{type(error).__name__}: {error}"))
+    results_and_errors = all_gather((result, error and f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
-    for number, (_, text) in enumerate(outcomes):
+    for number, (_, text) in enumerate(results_and_errors):
         if text is not None:
             raise OtherProcessError(f"process {number} failed: {text}")
-    return [result for result, _ in outcomes]
+    return [result for result, _ in results_and_errors]
 
 
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
