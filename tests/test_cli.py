@@ -432,7 +432,7 @@ def test_generate_keeps_to_constraints(run, folder, options, is_right):
     [
         (["--regex", "(1 2"], "the regular expression '(1 2' does not parse"),
         (["--regex", "1 13"], "'13', which is no token from 0 to 12"),
-        (["--regex", "(1 2 3)*"], "accepts nothing of 10 tokens; the first lengths that it accepts: 0, 3, 6, 9, 12, 15"),
+        (["--regex", "(1 2 3)*"], "accepts nothing of 10 tokens; the first lengths that it accepts: 0, 3, 6"),
         (["--constraint", "short"], "'short' is not one of"),
         (["--regex", "11 .*", "--constraint", "permutation"], "nothing may follow in row 0 at step 0"),
     ],
