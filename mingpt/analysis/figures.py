@@ -331,6 +331,7 @@ def learning_curves(
         KeyError: if a line lacks "iter" or "loss".
     """
     import seaborn as sns
+    from matplotlib.ticker import LogLocator
     from pandas import DataFrame
 
     rows = [(line["iter"], line["loss"], name) for name, lines in curves.items() for line in lines]
@@ -343,6 +344,9 @@ def learning_curves(
     if floor is not None:
         ax.axhline(floor, color="0.35", linestyle=":", linewidth=1.2, label=f"best possible, {floor:.3g}")
     ax.set(yscale="log", ylabel="loss (nats a token)")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     _tidy(ax, "both")
     _legend_at_right(ax)
     return figure
