@@ -271,6 +271,11 @@ def score_table(scores: Mapping[str, Score], published: Mapping[str, float] | No
     return table.assign(n_rows=[score.n_rows for score in scores.values()])
 
 
+def format_table(table: DataFrame) -> str:
+    """A table as text, with two decimals and nothing where a value is missing."""
+    return table.to_string(float_format="{:.2f}".format, na_rep="")
+
+
 def bayes_loss(dataset: CustomDataset, n_rows: int = 7000) -> float:
     """The cross-entropy in nats per output token that no predictor can beat on a mixture of tasks.
 

@@ -226,6 +226,7 @@ def paired_bars(
     groups: Mapping[str, Sequence[str]],
     title: str = "",
     labels: tuple[str, str] = ("with its prefix", "without prefix"),
+    colors: tuple[str, str] = PREFIX_COLORS,
 ) -> Figure:
     """Draw the accuracy on each task with and without its prefix, with 95% intervals.
 
@@ -235,6 +236,7 @@ def paired_bars(
         groups: the tasks to draw, from top to bottom, by the name of their group, which is no task's.
         title: above the figure.
         labels: what the two scores are, where it is another comparison.
+        colors: of the two scores; another comparison should not be blue and grey.
 
     Raises:
         KeyError: if a score of a task is missing.
@@ -243,9 +245,7 @@ def paired_bars(
     y = np.array([number for number, name in enumerate(names) if name not in groups])
     figure = _new_figure(6.6, 0.3 * len(names) + 1.2, title)
     ax = figure.subplots()
-    for label, scores, color, offset in zip(
-        labels, (with_prefix, without_prefix), PREFIX_COLORS, (-0.2, 0.2), strict=True
-    ):
+    for label, scores, color, offset in zip(labels, (with_prefix, without_prefix), colors, (-0.2, 0.2), strict=True):
         accuracies, errors = _percent_and_errors(scores[names[number]] for number in y)
         style = {"elinewidth": 0.8, "capsize": 1.5, "ecolor": "0.15"}
         bars = ax.barh(y + offset, accuracies, height=0.4, color=color, label=label, xerr=errors, error_kw=style)
