@@ -79,6 +79,7 @@ def _import(context: click.Context, parameter: click.Parameter, names: Sequence[
         sys.path.insert(0, str(path.parent.resolve()) if is_file else "")
         try:
             module = importlib.import_module(path.stem if is_file else name)
+            context.meta.setdefault("imported", set()).add(module.__name__)
         except Exception as error:
             raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from None
         if is_file and Path(module.__file__ or "").resolve() != path.resolve():
@@ -379,7 +380,8 @@ def show_runs(as_json: bool) -> None:
 def list_tasks(as_json: bool) -> None:
     """List the tasks, each with a sample row."""
     found, text = [], 'Tasks compose: "SortAscending+Add1" sorts, then adds.'
-    own = [cls for cls in Task.__subclasses__() if cls.__module__ != Task.__module__]
+    imported = click.get_current_context().meta.get("imported", set())
+    own = [cls for cls in Task.__subclasses__() if cls.__module__ in imported]
     for task in [*SIMPLE_TASKS, *(cls() for cls in own if cls.__init__ is object.__init__)]:
         meaning = (type(task).__doc__ or "").partition("\n")[0]
         row, solution = (each[0].tolist() for each in CustomDataset("train", [task]).rows([0]))
