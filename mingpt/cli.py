@@ -35,7 +35,7 @@ from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
 from mingpt.storage.checkpoint import json_lines, load_checkpoint, write_atomic
-from mingpt.storage.runs import default_run, list_runs
+from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Task
 from mingpt.utils import CfgNode
 
@@ -366,12 +366,13 @@ def export(out: Path, tasks: tuple[str, ...], **options: Any) -> None:
 
 
 @cli.command("runs")
+@click.option("--run", metavar="FOLDER", type=_FOLDER, help="Only this one. [all in runs/ and checkpoints/]")
 @_json_option
-def show_runs(as_json: bool) -> None:
+def show_runs(run: Path | None, as_json: bool) -> None:
     """List the runs, those that changed last first."""
-    runs = [run._asdict() for run in list_runs()]
+    runs = [each._asdict() for each in (list_runs() if run is None else [run_status(run)])]
     line = "{path!s:24} {state:32} {preset}, seed {seed}, changed {changed:%Y-%m-%d %H:%M}"
-    lines = [line.format_map(run) for run in runs] or ["no runs; 'mingpt reproduce' makes one"]
+    lines = [line.format_map(each) for each in runs] or ["no runs; 'mingpt reproduce' makes one"]
     _echo_result(runs, "\n".join(lines), as_json)
 
 

@@ -123,6 +123,7 @@ def test_runs_are_listed_with_their_state(run, copy):
     assert code == 0
     assert out.split()[:5] == ["runs/copy", "done", "smoke,", "seed", "0,"]
     (copy / "results.json").unlink()
+    assert run("runs", "--run", copy)[1] == run("runs")[1]
     (found,) = json.loads(run("runs", "--json")[1])
     assert (found["path"], found["state"], found["preset"], found["seed"]) == ("runs/copy", "5 prefixes", "smoke", 0)
     shutil.rmtree(copy / "prefixes")

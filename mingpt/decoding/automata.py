@@ -85,11 +85,16 @@ class DFA:
 
     def __and__(self, other: DFA) -> DFA:
         """What both accept."""
-        return _compile(_describe(self) & _describe(other))
+        return _compile(_describe(self) & self._described(other))
 
     def __or__(self, other: DFA) -> DFA:
         """What either accepts."""
-        return _compile(_describe(self) | _describe(other))
+        return _compile(_describe(self) | self._described(other))
+
+    def _described(self, other: DFA) -> Any:
+        if self.vocab_size != other.vocab_size:
+            raise ValueError(f"automata over {self.vocab_size} and {other.vocab_size} tokens cannot be combined")
+        return _describe(other)
 
     def __invert__(self) -> DFA:
         """What this one refuses."""

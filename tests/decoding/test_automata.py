@@ -316,3 +316,10 @@ def test_moves_that_make_no_sense_are_refused(target, action, depth):
 def test_brackets_that_are_the_same_token_are_refused(pairs):
     with pytest.raises(ValueError, match="brackets must be different tokens"):
         PDA.balanced(pairs, 3)
+
+
+def test_automata_over_different_vocabularies_are_not_combined():
+    one, other = DFA.from_regex("1*", 3), DFA.from_regex("1*", 4)
+    for combine in (lambda: one & other, lambda: one | other):
+        with pytest.raises(ValueError, match="automata over 3 and 4 tokens cannot be combined"):
+            combine()
