@@ -91,7 +91,7 @@ class DFA:
         """What either accepts."""
         return _compile(_describe(self) | self._described(other))
 
-    def _described(self, other: DFA) -> Any:
+    def _described(self, other: DFA) -> Description:
         if self.vocab_size != other.vocab_size:
             raise ValueError(f"automata over {self.vocab_size} and {other.vocab_size} tokens cannot be combined")
         return _describe(other)
