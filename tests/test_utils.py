@@ -234,7 +234,7 @@ def test_a_key_without_a_default_keeps_the_type_that_it_was_given():
 
 
 def test_a_key_can_be_declared_to_take_none():
-    """As converged_loss, 0.0 by default: the notebooks override it with None, and stored recipes have that."""
+    """As converged_loss, 0.0 by default, where None means never too."""
     config = CfgNode(rate=0.5, other=0.5).close(rate=None)
     config.override("rate", None)
     assert config.rate is None
