@@ -123,6 +123,7 @@ def _results(
     """What one method comes to on each task: read where it is there, and fitted where it is not."""
     method, budget = METHODS[name], config.copy()
     budget.prefix.merge_from_dict({"converged_loss": 0.0, "learning_rate": method.learning_rate})
+    budget.trainer = budget.prefix
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):
         found, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], run)
@@ -141,48 +142,33 @@ def _results(
     keys = {task: shared | {"data": dataset(config, "test", [task]).describe()} for task in tasks}
     paths = {task: beside(folder / f"{task}.json", key) for task, key in keys.items()}
     missing = run_on_main(lambda: [task for task in tasks if not paths[task].exists()])
-    results = _fit(budget, model, missing, folder, method, size, known)
+
+    def fit() -> Iterator[dict[str, Any]]:
+        """Fit the method to each missing task in turn, prefixes to all at the first."""
+        prefixes: dict[str, Prefix] = {}
+        total = 0.0
+        if method.kind not in ("full", "lora"):
+            init = _init(config, model, missing, method.init, size, known)
+            options = {"kind": method.kind, "n_positions": size, "is_reparametrized": method.is_reparametrized}
+            prefixes, total = pipeline.train_prefixes(budget, model, missing, folder, init=init, **options)
+        for task in missing:
+            tuned, lora, prefix, seconds = model, None, prefixes.get(str(task)), total / len(missing)
+            if method.kind == "full":
+                tuned, seconds = pipeline.fine_tune(budget, model, [task], folder, str(task))
+            elif method.kind == "lora":
+                lora, seconds = pipeline.train_lora(budget, model, task, folder, str(task), size, method.targets)
+                lora.attach()
+            score = evaluate(tuned, dataset(config, "test", [task]), prefix, **shared["evaluation"])
+            if lora:
+                lora.detach()
+            n_parameters = n_trained = prefix.values.numel() if prefix else (lora or tuned).n_parameters
+            if prefix and method.is_reparametrized:
+                n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
+            costs = {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds}
+            yield costs | {"n_correct": score.n_correct, "n_rows": score.n_rows, "accuracy": score.accuracy}
+
+    results = fit()
     return {str(task): cached_json(paths[task], keys[task], partial(next, results)) for task in tasks}
-
-
-def _fit(
-    config: CfgNode,
-    model: GPT,
-    tasks: Sequence[Task],
-    folder: Path,
-    method: Method,
-    size: int,
-    known: Mapping[str, Prefix],
-) -> Iterator[dict[str, Any]]:
-    """Fit a method to each task in turn, prefixes to all at the first, and give the fields of its result."""
-    config.trainer = config.prefix
-    prefixes: dict[str, Prefix] = {}
-    shared_seconds = 0.0
-    if method.kind not in ("full", "lora"):
-        init = _init(config, model, tasks, method.init, size, known)
-        prefixes, shared_seconds = pipeline.train_prefixes(
-            config, model, tasks, folder, "prefixes", method.kind, size, init, method.is_reparametrized
-        )
-    for task in tasks:
-        tuned, prefix, lora, seconds = model, prefixes.get(str(task)), None, shared_seconds / len(tasks)
-        if prefix is not None:
-            n_parameters = prefix.values.numel()
-        elif method.kind == "lora":
-            lora, seconds = pipeline.train_lora(config, model, task, folder, str(task), size, method.targets)
-            n_parameters = lora.n_parameters
-            lora.attach()
-        else:
-            tuned, seconds = pipeline.fine_tune(config, model, [task], folder, str(task))
-            n_parameters = model.n_parameters
-        n_rows, precision = config.evaluation.n_rows, config.evaluation.precision
-        score = evaluate(tuned, dataset(config, "test", [task]), prefix, n_rows, precision=precision)
-        if lora:
-            lora.detach()
-        n_trained = n_parameters
-        if method.is_reparametrized and prefix is not None:
-            n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
-        costs = {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds}
-        yield costs | {"n_correct": score.n_correct, "n_rows": n_rows, "accuracy": score.accuracy}
 
 
 def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) -> int:
