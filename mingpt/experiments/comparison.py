@@ -6,7 +6,7 @@ Legend: P prefix positions, C channels, L layers, K tasks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from mingpt.experiments import pipeline
 from mingpt.experiments.pipeline import Init, dataset
 from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization, average
+from mingpt.prefix import Prefix, Reparametrization, average, initial_prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
@@ -104,6 +104,7 @@ def compare(
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
+    tasks = list(dict.fromkeys(tasks))
     model, _ = pipeline.pretrain(config, run, later_tasks=tasks)
     n_placeholders = config.data.prefix_size
     n_asked = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
@@ -111,17 +112,18 @@ def compare(
     rows = [
         {"method": name, "task": task, **row}
         for name in methods
-        for task, row in _results(config, model, tasks, Path(run), name, METHODS[name], sizes[name]).items()
+        for task, row in _results(config, model, tasks, Path(run), name, sizes[name]).items()
     ]
     return pd.DataFrame(rows)
 
 
 def _results(
-    config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, method: Method, size: int
+    config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, size: int
 ) -> dict[str, dict[str, Any]]:
     """What one method comes to on each task: read where it is there, and fitted where it is not."""
-    budget = config.copy()
+    method, budget = METHODS[name], config.copy()
     budget.prefix.merge_from_dict({"converged_loss": 0.0, "learning_rate": method.learning_rate})
+    budget.trainer = budget.prefix
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):
         found, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], run)
@@ -140,64 +142,37 @@ def _results(
     keys = {task: shared | {"data": dataset(config, "test", [task]).describe()} for task in tasks}
     paths = {task: beside(folder / f"{task}.json", key) for task, key in keys.items()}
     missing = run_on_main(lambda: [task for task in tasks if not paths[task].exists()])
-    fit = _fit(budget, model, missing, folder, method, size, known) if missing else {}
-    return {str(task): cached_json(paths[task], keys[task], lambda task=task: fit[task]()) for task in tasks}
 
+    def fit() -> Iterator[dict[str, Any]]:
+        """Fit the method to each missing task in turn, prefixes to all at the first."""
+        prefixes: dict[str, Prefix] = {}
+        total = 0.0
+        if method.kind not in ("full", "lora"):
+            init = _init(config, model, missing, method.init, size, known)
+            options = {"kind": method.kind, "n_positions": size, "is_reparametrized": method.is_reparametrized}
+            prefixes, total = pipeline.train_prefixes(budget, model, missing, folder, init=init, **options)
+        for task in missing:
+            tuned, lora, prefix, seconds = model, None, prefixes.get(str(task)), total / len(missing)
+            if method.kind == "full":
+                tuned, seconds = pipeline.fine_tune(budget, model, [task], folder, str(task))
+            elif method.kind == "lora":
+                lora, seconds = pipeline.train_lora(budget, model, task, folder, str(task), size, method.targets)
+                lora.attach()
+            score = evaluate(tuned, dataset(config, "test", [task]), prefix, **shared["evaluation"])
+            if lora:
+                lora.detach()
+            n_parameters = n_trained = prefix.values.numel() if prefix else (lora or tuned).n_parameters
+            if prefix and method.is_reparametrized:
+                n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
+            costs = {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds}
+            yield costs | {"n_correct": score.n_correct, "n_rows": score.n_rows, "accuracy": score.accuracy}
 
-def _fit(
-    config: CfgNode,
-    model: GPT,
-    tasks: Sequence[Task],
-    folder: Path,
-    method: Method,
-    size: int,
-    known: Mapping[str, Prefix],
-) -> dict[Task, Callable[[], dict[str, Any]]]:
-    """For each task a function that gives the fields of its result; prefixes are trained together before."""
-
-    def measure(
-        task: Task, n_parameters: int, seconds: float, tuned: GPT = model, prefix: Prefix | None = None
-    ) -> dict[str, Any]:
-        evaluation, data = config.evaluation, dataset(config, "test", [task])
-        score = evaluate(tuned, data, prefix, evaluation.n_rows, precision=evaluation.precision)
-        n_trained = n_parameters
-        if method.is_reparametrized and prefix is not None:
-            n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
-        return {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds} | {
-            "n_correct": score.n_correct,
-            "n_rows": score.n_rows,
-            "accuracy": score.accuracy,
-        }
-
-    def full(task: Task) -> dict[str, Any]:
-        budget = config.copy()
-        budget.trainer = config.prefix
-        tuned, seconds = pipeline.fine_tune(budget, model, [task], folder, str(task))
-        return measure(task, model.n_parameters, seconds, tuned)
-
-    def lora(task: Task) -> dict[str, Any]:
-        lora, seconds = pipeline.train_lora(config, model, task, folder, str(task), size, method.targets)
-        lora.attach()
-        try:
-            return measure(task, lora.n_parameters, seconds)
-        finally:
-            lora.detach()
-
-    if method.kind in ("full", "lora"):
-        return {task: partial(full if method.kind == "full" else lora, task) for task in tasks}
-    init = _init(config, model, tasks, method.init, size, known)
-    prefixes, seconds = pipeline.train_prefixes(
-        config, model, tasks, folder, "prefixes", method.kind, size, init, method.is_reparametrized
-    )
-    return {
-        task: partial(measure, task, prefix.values.numel(), seconds / len(tasks), prefix=prefix)
-        for task, prefix in zip(tasks, prefixes.values(), strict=True)
-    }
+    results = fit()
+    return {str(task): cached_json(paths[task], keys[task], partial(next, results)) for task in tasks}
 
 
 def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) -> int:
     """How many positions, or ranks, of a method have at most ``n_parameters`` trainable parameters."""
-    n_layer, n_embd = model.config.n_layer, model.config.n_embd
     if method.kind == "full":
         return 1
     if method.kind == "lora":
@@ -205,8 +180,7 @@ def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) ->
         lora.detach()
         size = n_parameters // lora.n_parameters
     else:
-        of_position = {"activation": n_layer * n_embd, "key_value": 2 * n_layer * n_embd, "prompt": n_embd}[method.kind]
-        size = min(n_parameters // of_position, n_placeholders)
+        size = min(n_parameters // initial_prefix(model, 1, kind=method.kind).numel(), n_placeholders)
     if size < 1:
         raise ValueError(f"{n_parameters} trainable parameters are too few for {method}; give more")
     return size

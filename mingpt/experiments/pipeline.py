@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mingpt.datasets import CustomDataset
@@ -94,9 +93,10 @@ def pretrain(
     path = Path(run) / "model.safetensors"
     for part in (config.trainer, config.prefix):
         check_config(_trainer_config(part, path.parent))
-    for name in ("n_rows", "n_matrix_rows"):
-        if config.evaluation.to_dict()[name] < 1:
-            raise ValueError(f"evaluation.{name} must be at least 1, got {config.evaluation.to_dict()[name]}")
+    if min(config.evaluation.n_rows, config.evaluation.n_matrix_rows) < 1:
+        raise ValueError(f"n_rows and n_matrix_rows must be at least 1, got evaluation = {config.evaluation.to_dict()}")
+    data = dataset(config, "train", tasks)
+    key = _cache_key("pretraining", config, config.trainer, data) | {"init": config.model.to_dict()}
 
     def build() -> GPT:
         set_seed(config.seed)
@@ -105,7 +105,7 @@ def pretrain(
         run_on_main(lambda: write_atomic(path.with_name("config.json"), content))
         return model
 
-    return _train_model(config, build, tasks, path, "pretraining", {"init": config.model.to_dict()})
+    return _train_model(config, build, data, key, path, "pretraining")
 
 
 def fine_tune(
@@ -123,32 +123,28 @@ def fine_tune(
     Returns:
         The copy in evaluation mode, and how many seconds its training took.
     """
+    data = dataset(config, "train", tasks)
+    key = _cache_key(name, config, config.trainer, data) | {"init": weights_hash(model)}
+    path = beside(Path(run) / f"{name}.safetensors", key)
 
     def build() -> GPT:
         set_seed(config.seed + 1)
         return copy.deepcopy(model)
 
-    return _train_model(config, build, tasks, Path(run) / f"{name}.safetensors", name, {"init": weights_hash(model)})
+    return _train_model(config, build, data, key, path, path.stem)
 
 
 def _train_model(
-    config: CfgNode, build: Callable[[], GPT], tasks: Sequence[Task], path: Path, name: str, own: dict[str, Any]
+    config: CfgNode, build: Callable[[], GPT], data: CustomDataset, key: dict[str, Any], path: Path, folder: str
 ) -> tuple[GPT, float]:
-    data = dataset(config, "train", tasks)
-    key = _cache_key(name, config, config.trainer, data) | own
-    if name != "pretraining":
-        path = beside(path, key)
-
     def compute() -> None:
-        model, folder = build(), path.with_name(name if path.stem in ("model", name) else path.stem)
-        trainer = Trainer(_trainer_config(config.trainer, folder), model, data)
-        size, budget = f"{model.n_parameters / 1e6:.2f}M parameters", config.trainer
-        logger.info("%s: %s, %d iterations of %d rows", name, size, budget.max_iters, budget.batch_size)
-        logger.info("on %s in %s", trainer.device, trainer.precision)
-        _train(trainer, key, lambda **about: save_model(path, model.eval(), cache_key=key, **about))
+        model = build()
+        trainer = Trainer(_trainer_config(config.trainer, path.with_name(folder)), model, data)
+        _train(trainer, key, partial(save_model, path, model, cache_key=key))
 
-    device = resolve_device(config.trainer.device)
-    return _value_and_seconds(cached(path, key, compute, lambda path: load_model(path, device)))
+    load = partial(load_model, device=resolve_device(config.trainer.device))
+    model, description = cached(path, key, compute, load)
+    return model, description["metrics"]["seconds"]
 
 
 # --------------------------------------------------------------------------------- what is beside a frozen model
@@ -181,49 +177,44 @@ def train_prefixes(
     Returns:
         The prefixes by task, and how many seconds the training took.
     """
-    folder, tasks, model_hash = Path(run) / name, list(dict.fromkeys(tasks)), weights_hash(model)
+    folder, model_hash = Path(run) / name, weights_hash(model)
+    data = {str(task): dataset(config, "train", [task]) for task in tasks}
     size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
-    inits = list(init) if isinstance(init, Tensor) and init.ndim > len(AXES[kind]) else [init] * len(tasks)
+    inits = list(init) if isinstance(init, Tensor) and init.ndim > len(AXES[kind]) else [init] * len(data)
     shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": model_hash}
     # Where a converged prefix gives its rows to the others, each depends on which were trained with it.
-    shared["trained_with"] = [str(task) for task in tasks] if config.prefix.converged_loss else None
+    shared["trained_with"] = list(data) if config.prefix.converged_loss else None
     keys = {
-        str(task): _cache_key("prefix", config, config.prefix, dataset(config, "train", [task]))
+        task: _cache_key("prefix", config, config.prefix, data[task])
         | shared
         | {"init": checksum({"init": own}) if isinstance(own, Tensor) else own}
-        for task, own in zip(tasks, inits, strict=True)
+        for task, own in zip(data, inits, strict=True)
     }
-    paths = {each: beside(folder / f"{each}.safetensors", key) for each, key in keys.items()}
-    missing = run_on_main(lambda: [number for number, each in enumerate(keys) if not paths[each].exists()])
-    if missing and config.prefix.converged_loss:
-        missing = list(range(len(tasks)))
+    paths = {task: beside(folder / f"{task}.safetensors", key) for task, key in keys.items()}
+    missing = run_on_main(lambda: [task for task in keys if not paths[task].exists()])
     if missing:
-        asked = [tasks[number] for number in missing]
-        own_keys = {str(task): keys[str(task)] for task in asked}
+        own_keys = keys if config.prefix.converged_loss else {task: keys[task] for task in missing}
         training = folder / f"training-{json_checksum(own_keys)[:8]}"
         set_seed(config.seed + 1)
-        if isinstance(init, Tensor):
-            values = torch.stack([torch.as_tensor(inits[number]) for number in missing]).detach()
-        else:
-            values = initial_prefix(model, size, init, kind=kind).detach()[None].repeat_interleave(len(asked), 0)
+        initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
+        initial = initial.detach().expand(len(data), *initial.shape[-len(AXES[kind]) :])
+        values = initial[[task in own_keys for task in data]]
         trained = Reparametrization(values) if is_reparametrized else Prefix(kind, values.requires_grad_())
-        data = [dataset(config, "train", [task]) for task in asked]
-        trainer = PrefixTrainer(_trainer_config(config.prefix, training), model, data, trained)
-        budget = config.prefix
-        logger.info("%d prefixes: %d iterations of %d rows each", len(asked), budget.max_iters, budget.batch_size)
+        own_data = [data[task] for task in own_keys]
+        trainer = PrefixTrainer(_trainer_config(config.prefix, training), model, own_data, trained)
 
         def save(**about: Any) -> None:
             final = (trained() if isinstance(trained, Reparametrization) else trained.values).detach()
-            for each, value in zip(own_keys, final, strict=True):
-                about |= {"task": each, "training": training.name, "cache_key": own_keys[each]}
-                save_prefix(paths[each], Prefix(kind, value[None]), model, **about)
+            for (task, key), value in zip(own_keys.items(), final, strict=True):
+                about |= {"task": task, "training": training.name, "cache_key": key}
+                save_prefix(paths[task], Prefix(kind, value[None]), model, **about)
 
         _train(trainer, {"prefixes": own_keys}, save)
     load = partial(load_prefix, model=model, model_hash=model_hash)
-    found = {each: cached(paths[each], keys[each], _nothing, load) for each in keys}
+    found = {task: cached(paths[task], key, lambda: None, load) for task, key in keys.items()}
     # The prefixes of one training share its time.
     seconds = {description["training"]: description["metrics"]["seconds"] for _, description in found.values()}
-    return {each: prefix for each, (prefix, _) in found.items()}, sum(seconds.values())
+    return {task: prefix for task, (prefix, _) in found.items()}, sum(seconds.values())
 
 
 def train_lora(
@@ -259,17 +250,13 @@ def train_lora(
         lora = LoRA(model, rank, targets)
         try:
             trainer = LoRATrainer(_trainer_config(config.prefix, path.with_suffix("")), model, data, lora)
-            logger.info("a LoRA of %d parameters for %s", lora.n_parameters, task)
-            _train(trainer, key, lambda **about: save_lora(path, lora, model, cache_key=key, **about))
+            _train(trainer, key, partial(save_lora, path, lora, model, cache_key=key))
         finally:
             lora.detach()
 
-    def load(path: Path) -> tuple[LoRA, dict[str, Any]]:
-        lora, description = load_lora(path, model)
-        lora.detach()
-        return lora, description
-
-    return _value_and_seconds(cached(path, key, compute, load))
+    lora, description = cached(path, key, compute, partial(load_lora, model=model))
+    lora.detach()
+    return lora, description["metrics"]["seconds"]
 
 
 def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:
@@ -310,16 +297,9 @@ def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:
 
 def _train(trainer: Trainer, cache_key: CacheKey, save: Callable[..., None]) -> None:
     """Train and save; then the state goes, so that deleting the file that was saved has it made anew."""
+    path, n_iterations = Path(trainer.config.checkpoint_path), trainer.config.max_iters
+    logger.info("%s: %d iterations on %s in %s", path.parent.name, n_iterations, trainer.device, trainer.precision)
     trainer.cache_key = dict(cache_key)
     trainer.run()
     save(metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds})
-    run_on_main(lambda: Path(trainer.config.checkpoint_path).unlink(missing_ok=True))
-
-
-def _value_and_seconds(found: tuple[Any, dict[str, Any]]) -> tuple[Any, float]:
-    value, description = found
-    return value, description["metrics"]["seconds"]
-
-
-def _nothing() -> None:
-    raise AssertionError("the file was written just now")
+    run_on_main(lambda: path.unlink(missing_ok=True))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mingpt import distributed
-from mingpt.datasets import CustomDataset
-from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate
+from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, score_table
 from mingpt.experiments import multistep
 from mingpt.experiments.pipeline import dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
@@ -74,9 +74,7 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
     """
     run, tasks = Path(run), list(EVERY_TASK if tasks is None else tasks)
     if config.prefix.parallel == "fsdp":
-        raise ValueError(
-            "prefix.parallel = 'fsdp' leaves the model split, and its evaluation needs a full one; use ddp"
-        )
+        raise ValueError("prefix.parallel = 'fsdp' leaves the model split, and it is evaluated as one; use ddp")
     model, pretraining_seconds = pretrain(config, run, later_tasks=tasks)
     prefixes, prefix_seconds = train_prefixes(config, model, tasks, run)
     key = {
@@ -92,39 +90,20 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
     def compute() -> dict[str, Any]:
         logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
         start = time.perf_counter()
-        without, with_prefix, matrix = evaluate_run(config, model, prefixes, tasks)
-        chains = evaluate_chains(config, model, prefixes, tasks)
-        return {
-            "config": config.to_dict(),
-            "seconds": {
-                "pretraining": pretraining_seconds,
-                "prefixes": prefix_seconds,
-                "evaluation": time.perf_counter() - start,
-            },
-            "bayes_loss": bayes_loss(dataset(config, "test", PRETRAINING_TASKS)),
-            "mixed": without[MIXED].to_dict(),
-            "tasks": {
-                str(task): {
-                    "group": group_of(task),
-                    "without": without[str(task)].to_dict(),
-                    "with": with_prefix[str(task)].to_dict(),
-                    "chain": chains[str(task)].to_dict() if str(task) in chains else None,
-                }
-                for task in tasks
-            },
-            "matrix": matrix.map(lambda score: score.accuracy).to_dict("index"),
-        }
+        scores = evaluate_run(config, model, prefixes, tasks)
+        seconds = {"pretraining": pretraining_seconds, "prefixes": prefix_seconds}
+        seconds["evaluation"] = time.perf_counter() - start
+        floor = bayes_loss(dataset(config, "test", PRETRAINING_TASKS))
+        return {"config": config.to_dict(), "seconds": seconds, "bayes_loss": floor} | scores
 
     results = cached_json(path, key, compute)
     if not is_done:
-        distributed.run_on_main(lambda: draw_figures(run, model, prefixes, results))
+        distributed.run_on_main(lambda: draw_figures(config, run, model, prefixes, results))
     return results
 
 
-def evaluate_run(
-    config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]
-) -> tuple[dict[str, Score], dict[str, Score], DataFrame]:
-    """Score the model with and without prefixes.
+def evaluate_run(config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]) -> dict[str, Any]:
+    """Score the model with and without prefixes, and with chains of them.
 
     Args:
         config: ``evaluation.n_rows`` rows for a score, ``evaluation.n_matrix_rows`` for a cell of the matrix.
@@ -133,66 +112,50 @@ def evaluate_run(
         tasks: each with a prefix.
 
     Returns:
-        The scores without a prefix, by task and of the seven pretraining tasks mixed; the scores of each task with its
-        prefix; and those of every prefix, and none, on every task.
+        mixed, tasks and matrix, see ``reproduce``, as JSON values.
     """
-    import pandas as pd
-
-    n_rows, options = config.evaluation.n_rows, {"precision": config.evaluation.precision}
+    n_rows, n_matrix_rows = config.evaluation.n_rows, config.evaluation.n_matrix_rows
     datasets = {str(task): dataset(config, "test", [task]) for task in tasks}
-
-    def row(name: str, prefix: Prefix | None, n_rows: int) -> Callable[[], DataFrame]:
-        return partial(accuracy_matrix, model, {name: prefix}, list(datasets.values()), n_rows, **options)
-
     mixed = dataset(config, "test", PRETRAINING_TASKS)
+    score = partial(evaluate, model, n_rows=n_rows, precision=config.evaluation.precision)
+    row = partial(accuracy_matrix, model, datasets=list(datasets.values()), precision=config.evaluation.precision)
     jobs: dict[Any, Callable[[], Any]] = {
-        "mixed": partial(evaluate, model, mixed, n_rows=n_rows, **options),
-        "without": row("none", None, n_rows),
-        **{("with", k): partial(evaluate, model, d, prefixes[k], n_rows, **options) for k, d in datasets.items()},
+        "mixed": partial(score, mixed),
+        "without": partial(row, {"none": None}, n_rows=n_rows),
+        **{("with", name): partial(score, data, prefixes[name]) for name, data in datasets.items()},
+        **{("row", k): partial(row, {k: v}, n_rows=n_matrix_rows) for k, v in {"none": None, **prefixes}.items()},
     }
-    rows = {k: row(k, prefix, config.evaluation.n_matrix_rows) for k, prefix in {"none": None, **prefixes}.items()}
-    done: dict[Any, Any] = distributed.map_over_ranks(jobs | rows)
-    without = {MIXED: done["mixed"], **done["without"].loc["none"]}
-    with_prefix = {name: done["with", name] for name in datasets}
-    return without, with_prefix, pd.concat([done[name] for name in rows])
-
-
-def evaluate_chains(
-    config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]
-) -> dict[str, Score]:
-    """Score each composition as a chain of its tasks, each with its own prefix, over the rows of ``evaluate_run``.
-
-    Args:
-        config: ``evaluation.n_rows`` rows for a score.
-        model: of the run.
-        prefixes: by task name; a composition of tasks that have none is left out.
-        tasks: any; those that are no compositions are left out.
-
-    Returns:
-        The scores by task name.
-    """
-    scores = {}
+    done: dict[Any, Any] = distributed.map_over_ranks(jobs)
+    found = {}
     for task in tasks:
-        if len(task.tasks) > 1 and all(str(simple) in prefixes for simple in task.tasks):
-            data = dataset(config, "test", [task])
-            inputs, solutions = data.rows(range(config.evaluation.n_rows))
-            plan = multistep.plan_from_composition(
-                task, model, prefixes, data.length, data.num_digits, data.prefix_padding
-            )
-            outputs = multistep.predict(plan, inputs.tolist(), precision=config.evaluation.precision)
-            scores[str(task)] = Score.of(np.array(outputs[plan.steps[-1].name]), solutions, inputs)
-    return scores
+        has_chain = len(task.tasks) > 1 and all(str(simple) in prefixes for simple in task.tasks)
+        found[str(task)] = {
+            "group": group_of(task),
+            "without": done["without"].loc["none", str(task)].to_dict(),
+            "with": done["with", str(task)].to_dict(),
+            "chain": evaluate_chain(config, model, prefixes, task).to_dict() if has_chain else None,
+        }
+    cells = [done["row", name].map(lambda score: score.accuracy) for name in ("none", *prefixes)]
+    matrix = {name: values for each in cells for name, values in each.to_dict("index").items()}
+    return {"mixed": done["mixed"].to_dict(), "tasks": found, "matrix": matrix}
+
+
+def evaluate_chain(config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], task: Task) -> Score:
+    """Score a composition as a chain of its tasks, each with its own prefix, over the rows of ``evaluate_run``."""
+    data = dataset(config, "test", [task])
+    inputs, solutions = data.rows(range(config.evaluation.n_rows))
+    plan = multistep.plan_from_composition(task, model, prefixes, data.length, data.num_digits, data.prefix_padding)
+    outputs = multistep.predict(plan, inputs.tolist(), precision=config.evaluation.precision)
+    return Score.of(np.array(outputs[plan.steps[-1].name]), solutions, inputs)
 
 
 # ------------------------------------------------------------------------------------------------ tables, figures
 
 
-def scores_of(results: Mapping[str, Any]) -> tuple[dict[str, Score], dict[str, Score]]:
-    """The scores in ``results``, by task: with its prefix, and without one."""
-    with_prefix, without = (
-        {name: Score.from_dict(row[kind]) for name, row in results["tasks"].items()} for kind in ("with", "without")
-    )
-    return with_prefix, without
+def scores_of(results: Mapping[str, Any], kinds: Sequence[str] = ("with", "without")) -> list[dict[str, Score]]:
+    """The scores in ``results`` by task, of each kind: by default with its prefix, and without one."""
+    rows = results["tasks"].items()
+    return [{name: Score.from_dict(row[kind]) for name, row in rows if row[kind]} for kind in kinds]
 
 
 def results_table(results: Mapping[str, Any]) -> DataFrame:
@@ -203,22 +166,20 @@ def results_table(results: Mapping[str, Any]) -> DataFrame:
     """
     import pandas as pd
 
-    rows = pd.DataFrame.from_dict({**results["tasks"], MIXED: {"without": results["mixed"]}}, "index")
-
-    def percent(kind: str, of: Callable[[Mapping[str, Any]], float] = lambda score: score["accuracy"]) -> Any:
-        return rows[kind].map(lambda score: 100 * of(score) if isinstance(score, Mapping) else float("nan"))
-
+    with_prefix, without, chain = scores_of(results, ("with", "without", "chain"))
+    without[MIXED] = Score.from_dict(results["mixed"])
+    table = score_table(with_prefix, PUBLISHED["with"])
     columns = {
-        "group": rows["group"],
-        "without prefix": percent("without"),
+        "group": pd.Series({name: row["group"] for name, row in results["tasks"].items()}),
+        "without prefix": score_table(without)["accuracy"],
         "published, without": pd.Series(PUBLISHED["without"]),
-        "with its prefix": percent("with"),
-        "low": percent("with", lambda score: score["confidence_interval"][0]),
-        "high": percent("with", lambda score: score["confidence_interval"][1]),
-        "published, with": pd.Series(PUBLISHED["with"]),
-        "as a chain": percent("chain"),
+        "with its prefix": table["accuracy"],
+        "low": table["low"],
+        "high": table["high"],
+        "published, with": table["published"],
+        "as a chain": score_table(chain)["accuracy"],
     }
-    return pd.DataFrame(columns, index=rows.index)
+    return pd.DataFrame(columns, index=list(without))
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -233,10 +194,13 @@ def format_table(results: Mapping[str, Any]) -> str:
     )
 
 
-def draw_figures(run: Path, model: GPT, prefixes: Mapping[str, Prefix], results: Mapping[str, Any]) -> None:
+def draw_figures(
+    config: CfgNode, run: Path, model: GPT, prefixes: Mapping[str, Prefix], results: Mapping[str, Any]
+) -> None:
     """Draw what a run found into ``figures/`` of its folder.
 
     Args:
+        config: of the run.
         run: the folder.
         model: for the attention maps.
         prefixes: by task name.
@@ -246,8 +210,7 @@ def draw_figures(run: Path, model: GPT, prefixes: Mapping[str, Prefix], results:
 
     from mingpt.analysis import figures as draw
 
-    config, n_rows = results["config"], results["mixed"]["n_rows"]
-    n_matrix_rows = config["evaluation"]["n_matrix_rows"]
+    n_rows, n_matrix_rows = config.evaluation.n_rows, config.evaluation.n_matrix_rows
     with_prefix, without = scores_of(results)
     groups: dict[str, list[str]] = {}
     for name, row in results["tasks"].items():
@@ -265,17 +228,16 @@ def draw_figures(run: Path, model: GPT, prefixes: Mapping[str, Prefix], results:
         ),
     }
     # What the model looks at while it solves a row, without a prefix and with one.
-    name, length, prefix_size = next(iter(prefixes)), config["data"]["length"], config["data"]["prefix_size"]
-    data = {key: value for key, value in config["data"].items() if key != "prefix_size"}
-    task = Task.parse(name)
-    inputs, _ = CustomDataset("test", [task], prefix_padding=prefix_size, **data).rows([0])
-    prompt = torch.cat([torch.zeros(1, prefix_size, dtype=torch.int64), torch.from_numpy(inputs)], dim=1)
+    name = next(iter(prefixes))
+    data = dataset(config, "test", [Task.parse(name)])
+    n_zeros, inputs = data.prefix_padding, torch.from_numpy(data.rows([0])[0])
+    prompt = F.pad(inputs, (n_zeros, 0)).to(model.device)
     for label, prefix in (("none", None), (name, prefixes[name])):
         record: Record = []
-        sample = model.generate(prompt.to(model.device), length, prefixes=prefix, activations_record=record)
+        sample = model.generate(prompt, data.length, prefixes=prefix, activations_record=record)[0].cpu()
         title = "Attention without a prefix" if prefix is None else f"Attention with the prefix for {label}"
         found[f"attention_{label}"] = draw.attention_visualization(
-            sample[0].cpu(), record, prefix_size, length, title=title, annot=False
+            sample, record, n_zeros, data.length, title=title, annot=False
         )
     (run / "figures").mkdir(exist_ok=True)
     for label, figure in found.items():

@@ -68,11 +68,11 @@ def test_the_figures_are_those_of_the_models_on_disk(finished):
     model, _ = weights.load_model(folder / "model.safetensors")
     prefixes = weights.load_prefixes(folder / "prefixes", model)
     prefixes = {str(task): prefixes[str(task)] for task in EVERY_TASK}
-    without, with_prefix, matrix = reproduction.evaluate_run(config, model, prefixes, EVERY_TASK)
-    loaded_with, loaded_without = reproduction.scores_of(results)
-    assert loaded_with == with_prefix
-    assert loaded_without == {name: score for name, score in without.items() if name != reproduction.MIXED}
-    assert results["matrix"] == matrix.map(lambda score: score.accuracy).to_dict("index")
+    found = reproduction.evaluate_run(config, model, prefixes, EVERY_TASK)
+    assert found == {key: results[key] for key in ("mixed", "tasks", "matrix")}
+    with_prefix, without = reproduction.scores_of(results)
+    for name, row in found["tasks"].items():
+        assert (with_prefix[name].to_dict(), without[name].to_dict()) == (row["with"], row["without"])
 
 
 def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
@@ -94,7 +94,7 @@ def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
 
 def test_the_same_command_again_does_nothing(finished, monkeypatch):
     folder, results = finished
-    for name in ("evaluate_run", "evaluate_chains", "draw_figures"):
+    for name in ("evaluate_run", "evaluate_chain", "draw_figures"):
         monkeypatch.setattr(reproduction, name, None)
     monkeypatch.setattr(reproduction.distributed, "map_over_ranks", None)
     assert reproduction.reproduce(tiny_config(), folder) == results
