@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
-from mingpt.storage.cache import verify_folder
+from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, json_lines, write_atomic
 from mingpt.utils import derived_seed
 
@@ -128,7 +128,8 @@ class Predictor:
         parts, done, attempt = None, {}, 0
         if path is not None:
             parts = Path(path).with_name(Path(path).name + ".parts")
-            verify_folder(parts, {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key})
+            key = {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key}
+            cached_json(parts / "cache_key.json", key, lambda: None)
             done, attempt = distributed.run_on_main(lambda: _collect(parts))
         missing = [index for index in range(len(examples)) if index not in done]
         batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
