@@ -14,20 +14,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
 from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, json_lines, write_atomic
-from mingpt.utils import derived_seed
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,6 @@ class SampleSeeds:
 
     seed: int
     indices: tuple[int, ...]
-
-    def generators(self) -> list[torch.Generator]:
-        """A generator for each example, for predictions that draw in other ways."""
-        return [torch.Generator().manual_seed(derived_seed(self.seed, index)) for index in self.indices]
 
 
 class Predictor:
@@ -136,18 +129,14 @@ class Predictor:
         own: dict[int, Any] = {}
         title = "Predicting" if desc is None else f"Predicting ({desc})"
         hidden = None if distributed.is_main() else True
-        with contextlib.ExitStack() as stack:
-            log = None
+        for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
+            predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
             if parts is not None and is_writer:
-                log = stack.enter_context((parts / f"process{distributed.rank()}-{attempt}.jsonl").open("xb"))
-            for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
-                predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
-                if log is not None:
-                    lines = _lines(predicted)
+                lines = _lines(predicted)
+                with (parts / f"process{distributed.rank()}-{attempt}.jsonl").open("ab") as log:
                     log.write(lines)
-                    log.flush()
-                    predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
-                own.update(predicted)
+                predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
+            own.update(predicted)
         # A process that only helps to compute a share leaves reporting it to the one that writes.
         for other in distributed.all_gather(own if is_writer else {}):
             done.update(other)

@@ -11,14 +11,8 @@ from torch import Tensor
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
-from mingpt.storage.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    verify,
-    weights_hash,
-)
+from mingpt.storage.cache import verify
+from mingpt.storage.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint, weights_hash
 
 
 def save_model(path: str | Path, model: GPT, **description: Any) -> None:
