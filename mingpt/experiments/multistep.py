@@ -90,11 +90,8 @@ class Plan:
         for step in steps:
             for name in step.depends_on:
                 if name not in by_name:
-                    known = ", ".join(by_name)
-                    raise ValueError(
-                        f"step {step.name!r} depends on {name!r}, which no step is named{nearest(name, by_name)}; "
-                        f"the steps are {known}"
-                    )
+                    hint = f"{nearest(name, by_name)}; the steps are {', '.join(by_name)}"
+                    raise ValueError(f"step {step.name!r} depends on {name!r}, which no step is named{hint}")
         try:
             order = graphlib.TopologicalSorter({step.name: step.depends_on for step in steps}).static_order()
             self.steps = tuple(by_name[name] for name in order)
@@ -198,12 +195,8 @@ def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[Any]
     return prompts
 
 
-def _collate(prompts: list[Any]) -> Tensor:
-    return torch.from_numpy(np.array(prompts, dtype=np.int64))
-
-
 def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
-    def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[list[int]]:
+    def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[Any]:
         with autocast(precision, model.device):
             tokens = model.generate(
                 prompts,
@@ -214,12 +207,12 @@ def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
                 row_numbers=sample_seeds.indices,
                 **step.options,
             )
-        return tokens[:, prompts.shape[1] :].tolist()
+        return [(step.output_fn or list)(row) for row in tokens[:, prompts.shape[1] :].tolist()]
 
-    def outputs(rows: list[list[int]]) -> list[Any]:
-        return rows if step.output_fn is None else list(map(step.output_fn, rows))
+    def collate(prompts: list[Any]) -> Tensor:
+        return torch.from_numpy(np.array(prompts, dtype=np.int64))
 
-    return Predictor(_collate, generate, outputs, model=model, seed=derived_seed(seed, step.name))
+    return Predictor(collate, generate, model=model, seed=derived_seed(seed, step.name))
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans
@@ -276,11 +269,10 @@ def plan_from_composition(
     Raises:
         ValueError: if one of the tasks has no prefix.
     """
+    known_prefixes = ", ".join(prefixes) or "none"
     for each in task.tasks:
         if str(each) not in prefixes:
-            raise ValueError(
-                f"no prefix for {each}, a step of {task}; there is one for {', '.join(prefixes) or 'none'}"
-            )
+            raise ValueError(f"no prefix for {each}, a step of {task}; there is one for {known_prefixes}")
     known = known_constraints(task, length, num_digits, model.config.vocab_size) if is_constrained else None
     steps: list[Step] = []
     for place, each in enumerate(task.tasks):

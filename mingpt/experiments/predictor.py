@@ -14,20 +14,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
-from mingpt.storage.cache import verify_folder
+from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, json_lines, write_atomic
-from mingpt.utils import derived_seed
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,6 @@ class SampleSeeds:
 
     seed: int
     indices: tuple[int, ...]
-
-    def generators(self) -> list[torch.Generator]:
-        """A generator for each example, for predictions that draw in other ways."""
-        return [torch.Generator().manual_seed(derived_seed(self.seed, index)) for index in self.indices]
 
 
 class Predictor:
@@ -128,25 +121,22 @@ class Predictor:
         parts, done, attempt = None, {}, 0
         if path is not None:
             parts = Path(path).with_name(Path(path).name + ".parts")
-            verify_folder(parts, {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key})
+            key = {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key}
+            cached_json(parts / "cache_key.json", key, lambda: None)
             done, attempt = distributed.run_on_main(lambda: _collect(parts))
         missing = [index for index in range(len(examples)) if index not in done]
         batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
         own: dict[int, Any] = {}
         title = "Predicting" if desc is None else f"Predicting ({desc})"
         hidden = None if distributed.is_main() else True
-        with contextlib.ExitStack() as stack:
-            log = None
+        for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
+            predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
             if parts is not None and is_writer:
-                log = stack.enter_context((parts / f"process{distributed.rank()}-{attempt}.jsonl").open("xb"))
-            for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
-                predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
-                if log is not None:
-                    lines = _lines(predicted)
+                lines = _lines(predicted)
+                with (parts / f"process{distributed.rank()}-{attempt}.jsonl").open("ab") as log:
                     log.write(lines)
-                    log.flush()
-                    predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
-                own.update(predicted)
+                predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
+            own.update(predicted)
         # A process that only helps to compute a share leaves reporting it to the one that writes.
         for other in distributed.all_gather(own if is_writer else {}):
             done.update(other)

@@ -23,31 +23,12 @@ from mingpt.storage.checkpoint import (
     first_difference,
     json_checksum,
     read_description,
+    verify,
     write_atomic,
 )
 
 T = TypeVar("T")
 CacheKey = Mapping[str, Any]
-
-
-def verify(path: str | Path, found: CacheKey | None, expected: CacheKey) -> None:
-    """Check that a file is of what is asked for.
-
-    Args:
-        path: the file.
-        found: the cache key that it holds, None where it holds none.
-        expected: the cache key of what is asked for; tuples equal lists, as in a file.
-
-    Raises:
-        CheckpointError: naming the file, the first field that differs, both values, and what to do.
-    """
-    difference = first_difference(found or {}, json.loads(json.dumps(expected)), "")
-    if difference:
-        name, old, new = difference
-        raise CheckpointError(
-            f"{path}: it was made with {name} = {old!r}, asked for is {new!r}; choose another folder for the run, or "
-            "delete this file to make it anew"
-        )
 
 
 def cached(
@@ -82,7 +63,11 @@ def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any
         content = json.dumps({"cache_key": cache_key, "value": compute()}, indent=1)
         run_on_main(lambda: write_atomic(path, content.encode()))
 
-    return cached(path, cache_key, write, _load_json)[0]
+    def load(path: Path) -> tuple[Any, dict[str, Any]]:
+        found = read_json(path, "cache_key", "value")
+        return found["value"], found
+
+    return cached(path, cache_key, write, load)[0]
 
 
 def beside(path: Path, cache_key: CacheKey) -> Path:
@@ -100,15 +85,6 @@ def beside(path: Path, cache_key: CacheKey) -> Path:
         return path.with_name(f"{path.stem}-{json_checksum(cache_key)[:8]}{path.suffix}")
 
     return run_on_main(choose)
-
-
-def verify_folder(folder: Path, cache_key: CacheKey) -> None:
-    """Write a folder's cache key into it, or check the one that is there. All processes must get here.
-
-    Raises:
-        CheckpointError: if the folder is of something else.
-    """
-    cached_json(folder / "cache_key.json", cache_key, lambda: None)
 
 
 def identity(value: Any) -> Any:
@@ -134,8 +110,8 @@ def identity(value: Any) -> Any:
     return [type(value).__qualname__, identity(vars(value)) if hasattr(value, "__dict__") else repr(value)]
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object with these fields.
 
     Raises:
         CheckpointError: if it is damaged, naming the file.
@@ -144,13 +120,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         found = json.loads(Path(path).read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged, not JSON ({error}); delete it to make it anew") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: damaged, not a JSON object; delete it to make it anew")
+    if not (isinstance(found, dict) and found.keys() >= set(fields)):
+        raise CheckpointError(
+            f"{path}: damaged, not a JSON object with the fields ({', '.join(fields)}); delete it to make it anew"
+        )
     return found
-
-
-def _load_json(path: Path) -> tuple[Any, dict[str, Any]]:
-    found = read_json(path)
-    if not {"cache_key", "value"} <= found.keys():
-        raise CheckpointError(f"{path}: it does not say what it is of (cache_key); delete it to make it anew")
-    return found["value"], found

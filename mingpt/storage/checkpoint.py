@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 import mingpt
 from mingpt import distributed
 from mingpt.distributed.sharding import full_tensor
-
-T = TypeVar("T")
 
 FORMAT = 1
 _HEADER = "mingpt"
@@ -96,18 +94,24 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
     distributed.run_on_main(write)
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: str | Path, **expected: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_checkpoint`` wrote: the tensors, on the CPU, and the description.
+
+    Args:
+        path: the file.
+        expected: fields of the description and what each must be, such as its kind.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged or was not written by ``save_checkpoint``.
+        CheckpointError: if it is damaged, was not written by ``save_checkpoint``, or is of something else.
     """
-    header, tensors = _read(path, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+    header, tensors = _read(path)
     found = header.pop("checksum")
     if found != checksum(tensors, header):
         raise CheckpointError(f"{path}: field 'checksum' does not match; the file is damaged")
-    return tensors, header["description"] | {"versions": header["versions"]}
+    description = header["description"]
+    verify(path, {name: description.get(name) for name in expected}, expected)
+    return tensors, description | {"versions": header["versions"]}
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -116,11 +120,11 @@ def read_description(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, CheckpointError: see ``load_checkpoint``.
     """
-    return _read(path, lambda _: None)[0]["description"]
+    return _read(path, with_tensors=False)[0]["description"]
 
 
-def _read(path: str | Path, read: Callable[[Any], T]) -> tuple[dict[str, Any], T]:
-    """A checkpoint's header, checked, and what ``read`` takes from the open file."""
+def _read(path: str | Path, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint's header, checked, and its tensors."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -128,28 +132,35 @@ def _read(path: str | Path, read: Callable[[Any], T]) -> tuple[dict[str, Any], T
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header, taken = json.loads((file.metadata() or {}).get(_HEADER, "null")), read(file)
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if with_tensors}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
     if not isinstance(header, dict) or not {"format", "checksum", "versions", "description"} <= header.keys():
-        raise CheckpointError(
-            f"{path}: field '{_HEADER}' of its header is missing or incomplete; not written by mingpt"
-        )
+        raise CheckpointError(f"{path}: its header has no complete field '{_HEADER}'; not written by mingpt")
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
-    return header, taken
+    return header, tensors
 
 
-def require_equal(path: str | Path, field: str, found: Any, expected: Any) -> None:
-    """Check one field of a description, or of several nested in it.
+def verify(path: str | Path, found: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> None:
+    """Check that a file is of what is asked for.
+
+    Args:
+        path: the file.
+        found: what it says of itself, None where it says nothing.
+        expected: what is asked for; tuples equal lists, as in a file.
 
     Raises:
-        CheckpointError: naming the file, the first field that differs, and both values.
+        CheckpointError: naming the file, the first field that differs, both values, and what to do.
     """
-    difference = first_difference(found, expected, field)
+    difference = first_difference(found or {}, json.loads(json.dumps(expected)), "")
     if difference:
         name, old, new = difference
-        raise CheckpointError(f"{path}: field '{name}' is {old!r}, expected {new!r}")
+        raise CheckpointError(
+            f"{path}: it was made with {name} = {old!r}, asked for is {new!r}; choose another folder or file, or "
+            "delete this one to make it anew"
+        )
 
 
 def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -158,13 +169,8 @@ def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: s
     Raises:
         CheckpointError: naming the file and the first tensor that is missing, unknown, or of another shape.
     """
-    own = module.state_dict()
-    for name in {**own, **tensors}:
-        if name not in tensors:
-            raise CheckpointError(f"{path}: tensor '{name}' is missing")
-        if name not in own:
-            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
-        require_equal(path, f"{name}.shape", list(tensors[name].shape), list(own[name].shape))
+    shapes = [{name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, module.state_dict())]
+    verify(path, {"shapes": shapes[0]}, {"shapes": shapes[1]})
     module.load_state_dict(dict(tensors))
 
 

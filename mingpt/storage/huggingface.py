@@ -5,24 +5,20 @@ Legend: P prefix positions, C channels, L layers.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mingpt.lora import LoRA
 from mingpt.model import GPT, TRANSPOSED
 from mingpt.prefix import Prefix, as_key_value
 
-from_huggingface = GPT.from_huggingface
+_LAYERS, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a LoRA's matrices
 
 
 def to_huggingface(model: GPT) -> Any:
-    """Copy a GPT into a transformers ``GPT2LMHeadModel`` with the same logits; ``from_huggingface`` goes back.
+    """Copy a GPT into a transformers ``GPT2LMHeadModel`` with the same logits; ``GPT.from_huggingface`` goes back.
 
     Raises:
         ValueError: for a model without its first LayerNorms, which GPT-2 cannot be.
@@ -49,15 +45,6 @@ def to_huggingface(model: GPT) -> Any:
     return other.to(model.device).train(model.training)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings that PEFT and transformers have for each other."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-@_quietly()
 def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path) -> None:
     """Write a prefix or a LoRA as an adapter for PEFT: ``PeftModel.from_pretrained(to_huggingface(model), folder)``.
 
@@ -72,21 +59,21 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
         ValueError: for a prefix that stands for more or fewer tokens than it has positions, which PEFT does not know.
     """
     import peft
+    from safetensors.torch import save_file
 
     if isinstance(adapter, LoRA):
         rank = adapter.a[0].shape[0]
-        config: Any = peft.LoraConfig(
+        config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
             lora_alpha=adapter.scale * rank,  # pyright: ignore[reportArgumentType] (it is only ever multiplied)
             target_modules=list(adapter.names),
             fan_in_fan_out=True,
+            inference_mode=True,
         )
-        wrapped = peft.get_peft_model(to_huggingface(model), config)
-        modules = dict(wrapped.base_model.model.named_modules())
+        weights: dict[str, Tensor] = {}
         for name, a, b in zip(adapter.names, adapter.a, adapter.b, strict=True):
-            modules[name].lora_A["default"].weight.data.copy_(a.data)
-            modules[name].lora_B["default"].weight.data.copy_(b.data)
+            weights |= {f"{_LAYERS}{name}{_A}": a.data, f"{_LAYERS}{name}{_B}": b.data}
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
@@ -94,18 +81,18 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
                 "content comes after all positions, so it cannot be exported"
             )
         values = as_key_value(model, adapter)
-        n_layer, _, n_positions, n_embd = values.shape
         config = peft.PrefixTuningConfig(
             task_type="CAUSAL_LM",
-            num_virtual_tokens=n_positions,
-            num_layers=n_layer,
+            num_virtual_tokens=values.shape[2],
+            num_layers=model.config.n_layer,
             num_attention_heads=model.config.n_head,
-            token_dim=n_embd,
+            token_dim=model.config.n_embd,
+            inference_mode=True,
         )
-        wrapped = peft.get_peft_model(to_huggingface(model), config)
-        embedding = wrapped.prompt_encoder["default"].embedding.weight
-        embedding.data.copy_(values.permute(2, 0, 1, 3).flatten(1))
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        weights = {"prompt_embeddings": values.detach().permute(2, 0, 1, 3).flatten(1)}  # (P, L * 2 * C)
+    config.save_pretrained(str(folder))
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
@@ -131,19 +118,15 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
         values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
         return Prefix("key_value", values[None].contiguous().to(model.device))
     if config.peft_type == peft.PeftType.LORA:
-        return _import_lora(config, weights, model, folder)
-    raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
-
-
-def _import_lora(config: Any, weights: dict[str, Tensor], model: GPT, folder: str | Path) -> LoRA:
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [name.removeprefix(prefix).removesuffix(suffix) for name in weights if name.endswith(suffix)]
-    known = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not set(names) <= known:
-        raise ValueError(f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha")
-    lora = LoRA(model, config.r, names, config.lora_alpha)
-    with torch.no_grad():
+        names = [name.removeprefix(_LAYERS).removesuffix(_A) for name in weights if name.endswith(_A)]
+        is_linear = set(names) <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
+            raise ValueError(
+                f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha"
+            )
+        lora = LoRA(model, config.r, names, config.lora_alpha)
         for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
-            a.copy_(weights[f"{prefix}{name}.lora_A.weight"])
-            b.copy_(weights[f"{prefix}{name}.lora_B.weight"])
-    return lora
+            a.data.copy_(weights[f"{_LAYERS}{name}{_A}"])
+            b.data.copy_(weights[f"{_LAYERS}{name}{_B}"])
+        return lora
+    raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")

@@ -11,14 +11,8 @@ from torch import Tensor
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
-from mingpt.storage.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_weights,
-    require_equal,
-    save_checkpoint,
-    weights_hash,
-)
+from mingpt.storage.cache import verify
+from mingpt.storage.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint, weights_hash
 
 
 def save_model(path: str | Path, model: GPT, **description: Any) -> None:
@@ -39,8 +33,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged or is not a model of this package.
     """
-    tensors, description = load_checkpoint(path)
-    require_equal(path, "kind", description.get("kind"), "model")
+    tensors, description = load_checkpoint(path, kind="model")
     config = GPT.get_default_config()
     try:
         config.update_from(description["config"], str(path))
@@ -77,15 +70,14 @@ def load_prefix(path: str | Path, model: GPT, model_hash: str | None = None) -> 
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged, holds no prefix, or is for another model.
     """
-    tensors, description = load_checkpoint(path)
-    require_equal(path, "kind", description.get("kind"), "prefix")
+    tensors, description = load_checkpoint(path, kind="prefix")
     try:
         own = description["prefix"]
         prefix = Prefix(own["kind"], tensors["values"].to(model.device), n_placeholders=own["n_placeholders"])
         prefix.check(model.config.n_layer, model.config.n_embd, prefix.n_prefixes)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: it does not hold a prefix for this model: {error}") from None
-    require_equal(path, "model", description.get("model"), model_hash or weights_hash(model))
+    verify(path, {"model": description.get("model")}, {"model": model_hash or weights_hash(model)})
     return prefix, description
 
 
@@ -108,9 +100,7 @@ def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged, holds no LoRA, or is for another model.
     """
-    tensors, description = load_checkpoint(path)
-    require_equal(path, "kind", description.get("kind"), "lora")
-    require_equal(path, "model", description.get("model"), weights_hash(model))
+    tensors, description = load_checkpoint(path, kind="lora", model=weights_hash(model))
     try:
         rank = len(tensors["a.0"])
         lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)

@@ -10,6 +10,7 @@ import torch
 from distributed_script import COUNTS, N_NEW, random_model, random_rows, run_job
 
 from mingpt.experiments.predictor import Predictor, SampleSeeds
+from mingpt.utils import derived_seed
 
 
 def doubling(**options):
@@ -54,7 +55,8 @@ def test_nothing_is_lost_or_repeated(count, batch_size):
 def test_each_example_has_its_own_draws():
     def drawn(batch_size, seed=0):
         def pred_fn(batch, sample_seeds):
-            return [torch.rand(3, generator=generator).tolist() for generator in sample_seeds.generators()]
+            seeds = [derived_seed(sample_seeds.seed, index) for index in sample_seeds.indices]
+            return [torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist() for seed in seeds]
 
         return Predictor(list, pred_fn, seed=seed).predict(range(10), batch_size)
 

@@ -205,14 +205,14 @@ def test_presets():
 def test_prefixes_of_another_model_are_refused(finished):
     folder, _ = finished
     path, other = folder / "prefixes" / "Add1.safetensors", pipeline.build_model(tiny_config())
-    with pytest.raises(CheckpointError, match=r"Add1\.safetensors: field 'model'"):
+    with pytest.raises(CheckpointError, match=r"Add1\.safetensors: it was made with model = "):
         weights.load_prefix(path, other)
     wider = pipeline.build_model(tiny_config(**{"model.n_embd": 16}))
     with pytest.raises(CheckpointError, match="the prefix has 8 channels, the model has 16"):
         weights.load_prefix(path, wider)
-    with pytest.raises(CheckpointError, match="'kind' is 'prefix', expected 'model'"):
+    with pytest.raises(CheckpointError, match="kind = 'prefix', asked for is 'model'"):
         weights.load_model(path)
-    with pytest.raises(CheckpointError, match="'kind' is 'model', expected 'prefix'"):
+    with pytest.raises(CheckpointError, match="kind = 'model', asked for is 'prefix'"):
         weights.load_prefix(folder / "model.safetensors", other)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import RegularConstraint
-from mingpt.storage.cache import beside, cached_json, identity, verify, verify_folder
+from mingpt.storage.cache import beside, cached_json, identity, verify
 from mingpt.storage.checkpoint import CheckpointError
 
 
@@ -67,13 +67,6 @@ def test_another_key_goes_beside_what_is_there(tmp_path):
     assert other == beside(path, {"n": 2}) != beside(path, {"n": 3})
     assert cached_json(other, {"n": 2}, lambda: "two") == "two"
     assert cached_json(path, {"n": 1}, pytest.fail) == "one"
-
-
-def test_a_folder_is_of_one_key(tmp_path):
-    verify_folder(tmp_path / "new", {"examples": "a"})
-    verify_folder(tmp_path / "new", {"examples": "a"})
-    with pytest.raises(CheckpointError, match="examples = 'a', asked for is 'b'"):
-        verify_folder(tmp_path / "new", {"examples": "b"})
 
 
 @dataclass
