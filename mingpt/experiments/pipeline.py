@@ -101,8 +101,9 @@ def pretrain(
     def build() -> GPT:
         set_seed(config.seed)
         model = build_model(config, [*tasks, *later_tasks])
-        content = json.dumps(config.to_dict(), indent=1).encode()
-        run_on_main(lambda: write_atomic(path.with_name("config.json"), content))
+        content, file = json.dumps(config.to_dict(), indent=1).encode(), path.with_name("config.json")
+        is_interrupted = (path.parent / "pretraining" / "state.safetensors").exists() and file.exists()
+        run_on_main(lambda: None if is_interrupted else write_atomic(file, content))
         return model
 
     return _train_model(config, build, data, key, path, "pretraining")

@@ -194,6 +194,25 @@ def test_a_state_of_another_start_is_never_resumed(run, tmp_path, monkeypatch, c
         assert same(train(tmp_path / "run", "random", model), expected)
 
 
+def test_other_settings_do_not_take_over_an_interrupted_pretraining(tmp_path, monkeypatch):
+    def cut_off(trainer):
+        if trainer.iter_num == 2:
+            raise KeyboardInterrupt
+
+    original = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (self.add_callback("on_batch_end", cut_off), original(self)))
+    config = tiny_config(**{"trainer.checkpoint_every": 1})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pretrain(config, tmp_path, TASKS)
+    monkeypatch.undo()
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: it was made with recipe\.max_iters = 4"):
+        pipeline.pretrain(tiny_config(**{"trainer.checkpoint_every": 1, "trainer.max_iters": 9}), tmp_path, TASKS)
+    assert (tmp_path / "config.json").read_bytes() == before
+    model, _ = pipeline.pretrain(config, tmp_path, TASKS)
+    assert same(weights_of(model), weights_of(pipeline.pretrain(config, tmp_path / "alone", TASKS)[0]))
+
+
 class Edited(Task):
     """A task whose code a user changes between two runs."""
 
