@@ -228,10 +228,6 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.lm_head.weight.device
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The tokens' embeddings, by the name that transformers and PEFT have for them."""
-        return self.transformer.wte
-
     def forward(
         self,
         idx: Tensor,

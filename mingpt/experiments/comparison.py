@@ -158,9 +158,11 @@ def _results(
             elif method.kind == "lora":
                 lora, seconds = pipeline.train_lora(budget, model, task, folder, str(task), size, method.targets)
                 lora.attach()
-            score = evaluate(tuned, dataset(config, "test", [task]), prefix, **shared["evaluation"])
-            if lora:
-                lora.detach()
+            try:
+                score = evaluate(tuned, dataset(config, "test", [task]), prefix, **shared["evaluation"])
+            finally:
+                if lora:
+                    lora.detach()
             n_parameters = n_trained = prefix.values.numel() if prefix else (lora or tuned).n_parameters
             if prefix and method.is_reparametrized:
                 n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
