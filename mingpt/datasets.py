@@ -1,12 +1,12 @@
-"""Which examples exist, and which of them are for training and which for testing.
+"""Which examples exist, and which of them are for training, for validation and for testing.
 
 Legend: N examples, L row length, T = prefix_padding + 2 L - 1 tokens of an example.
 
 Rows are random but not stateful: a row is a pure function of (seed, split, values, length, index). numpy's Philox
 generator, keyed by a hash of those and counting from the block's number, makes a block of candidate rows; a stable
-hash of each candidate says whether it is a training or a test row, and the first ``BLOCK_ROWS`` of the wanted split
-are the block. Only the generator's raw 64-bit words are used: they are the same on every machine and in every version
-of numpy, which its ready-made distributions are not.
+hash of each candidate says which split it belongs to, and the first ``BLOCK_ROWS`` of the wanted split are the block.
+Only the generator's raw 64-bit words are used: they are the same on every machine and in every version of numpy, which
+its ready-made distributions are not.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from torch import Tensor
 
 from mingpt.tasks import Task, Values
 
-SPLIT_VERSION = 1
-"""Changes when any row of any split changes; recorded in every checkpoint."""
+SPLIT_VERSION = 2
+"""Changes when any row of any split changes; recorded in every checkpoint. Version 2 has the test rows of version 1."""
+
+SPLITS = {"train": 11 / 16, "validation": 1 / 16, "test": 1 / 4}
+"""The splits, with the share of all rows in each. Choices are made on validation rows, publications on test rows."""
 
 BLOCK_ROWS = 1024
 IGNORED = -1
 """The target where no prediction is scored."""
 
-_TEST_SHARE = 4  # one row in four is for testing
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -59,7 +61,7 @@ class CustomDataset(torch.utils.data.Dataset):
         """Describe the examples; nothing is drawn yet.
 
         Args:
-            split: "train" or "test"; no input row is in both, whatever the tasks.
+            split: "train", "validation" or "test"; no input row is in two of them, whatever the tasks.
             tasks: at least one; a mixture gives each an equal share.
             length: L, elements of an input row.
             num_digits: the largest element of an input row, where the task does not say otherwise.
@@ -72,8 +74,8 @@ class CustomDataset(torch.utils.data.Dataset):
             ValueError: for an unknown split, a size out of range, a task that ``num_digits`` is too small for, or one
                 with negative tokens.
         """
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, Task) for task in tasks):
             raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], at least one, got {tasks!r}")
         self.length, self.num_digits = _integer("length", length, 1), _integer("num_digits", num_digits, 2)
@@ -229,7 +231,7 @@ class _RowStream(NamedTuple):
         return rows
 
     def draw(self, bits: np.random.Philox, n: int) -> np.ndarray:
-        """Draw n candidate rows of either split, (n, L)."""
+        """Draw n candidate rows of any split, (n, L)."""
         size = np.full(self.length, self.values.rest.size, dtype=np.uint64)
         low = np.full(self.length, self.values.rest.low, dtype=np.int64)
         size[0], low[0] = self.values.first.size, self.values.first.low
@@ -247,11 +249,10 @@ class _RowStream(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _block(stream: _RowStream, number: int) -> np.ndarray:
     """Block ``number`` of a stream, (BLOCK_ROWS, L); the latest ones are kept, and equal streams share them."""
-    name = json.dumps([SPLIT_VERSION, *stream])
+    name = json.dumps([1, *stream])  # the split version that the test rows come from
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
     bits = np.random.Philox(key=key, counter=[0, 0, 0, number])
-    share = _TEST_SHARE if stream.split == "test" else _TEST_SHARE / (_TEST_SHARE - 1)
-    n_candidates = int(BLOCK_ROWS * share * 1.125)
+    n_candidates = int(BLOCK_ROWS / SPLITS[stream.split] * 1.125)
     found: list[np.ndarray] = []
     while sum(map(len, found)) < BLOCK_ROWS:
         if len(found) > 100:
@@ -260,7 +261,7 @@ def _block(stream: _RowStream, number: int) -> np.ndarray:
                 "use a larger length or num_digits"
             )
         candidates = stream.draw(bits, n_candidates)
-        found.append(candidates[is_test_row(candidates) == (stream.split == "test")])
+        found.append(candidates[split_of(candidates) == stream.split])
     return np.concatenate(found)[:BLOCK_ROWS]
 
 
@@ -272,8 +273,8 @@ def _integer(name: str, value: int, least: int | None = None) -> int:
     return int(value)
 
 
-def is_test_row(rows: np.ndarray) -> np.ndarray:
-    """Whether each input row (N, L) belongs to the test split, (N,) of bool: a stable hash says so for one in four.
+def split_of(rows: np.ndarray) -> np.ndarray:
+    """The split that each input row (N, L) belongs to, (N,) of str: a stable hash of the row says so.
 
     The hash is a polynomial of the row modulo 2^64, mixed by SplitMix64's finalizer (Steele et al. 2014).
     """
@@ -282,7 +283,7 @@ def is_test_row(rows: np.ndarray) -> np.ndarray:
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     h = h ^ (h >> np.uint64(31))
-    return h % np.uint64(_TEST_SHARE) == 0
+    return np.select([h % np.uint64(4) == 0, h % np.uint64(16) == 1], ["test", "validation"], "train")
 
 
 def _random_words(bits: np.random.Philox, n: int) -> np.ndarray:

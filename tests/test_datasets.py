@@ -20,7 +20,7 @@ from properties import compositions
 from torch.utils.data import DataLoader
 
 import mingpt
-from mingpt.datasets import BLOCK_ROWS, SPLIT_VERSION, CustomDataset, is_test_row
+from mingpt.datasets import BLOCK_ROWS, SPLIT_VERSION, SPLITS, CustomDataset, split_of
 from mingpt.tasks import (
     PRETRAINING_TASKS,
     SIMPLE_TASKS,
@@ -41,7 +41,7 @@ from mingpt.tasks import (
 )
 
 IGNORED = -1
-each_split = pytest.mark.parametrize("split", ["train", "test"])
+each_split = pytest.mark.parametrize("split", SPLITS)
 
 
 # ----------------------------------------------------------------------------------------------------- layout
@@ -242,6 +242,7 @@ def test_seeds_splits_and_lengths_give_other_rows():
         )[0]
 
     everything = [rows(), rows(seed=1), rows(seed=-1), rows(seed=2**40), rows(split="test"), rows(num_digits=51)]
+    everything.append(rows(split="validation"))
     for a, b in itertools.combinations(everything, 2):
         assert (a == b).all(axis=-1).sum() == 0
     assert (rows(length=13)[:, :12] == rows()).all(axis=-1).sum() == 0
@@ -254,8 +255,12 @@ def test_rows_do_not_come_back():
 
 # Digests of the first 1000 examples of each split. If one changes, the data of every checkpoint has changed: a row
 # that a model was trained on may now be for testing. Then SPLIT_VERSION must change too, and only then these.
-PINNED_VERSION = 1
-PINNED = {"train": "626cf61d5aef21c352f785cdf32324d6", "test": "e3abb583f07a9e9dd8d6340d602ca20c"}
+PINNED_VERSION = 2
+PINNED = {
+    "train": "b15d17d574505b967208d64cc3216b5c",
+    "validation": "42a86591b0db46e8362161901934c8c9",
+    "test": "e3abb583f07a9e9dd8d6340d602ca20c",  # as in version 1
+}
 
 
 def digest_dataset(split):
@@ -348,44 +353,49 @@ def test_no_row_is_both_for_training_and_for_testing():
 
 
 def test_a_small_space_of_rows_is_divided_completely():
-    """Where there are few rows, all of them turn up, each in one split only, a quarter for testing."""
+    """Where there are few rows, all of them turn up, each in one split only, in about the shares that SPLITS says."""
     for task, num_digits, length, n_rows in (
         (InverseBinary(), 4, 9, 2**9),
         (SortAscending(), 5, 4, 5**4),
         (Modulo(), 7, 4, 2 * 7**3),
     ):
-        train, test = (
-            set(map(tuple, CustomDataset(split, [task], length=length, num_digits=num_digits).rows(range(20_000))[0]))
-            for split in ("train", "test")
-        )
-        assert len(train) + len(test) == len(train | test) == n_rows
-        assert 0.15 < len(test) / n_rows < 0.35
+        found = {
+            split: set(
+                map(tuple, CustomDataset(split, [task], length=length, num_digits=num_digits).rows(range(20_000))[0])
+            )
+            for split in SPLITS
+        }
+        assert sum(map(len, found.values())) == len(set.union(*found.values())) == n_rows
+        for split, share in SPLITS.items():
+            assert abs(len(found[split]) / n_rows - share) < 0.1
 
 
 @pytest.mark.parametrize("task", SIMPLE_TASKS, ids=str)
-def test_splits_are_as_is_test_row_says(task):
-    for split in ("train", "test"):
+def test_rows_are_of_their_split(task):
+    for split in SPLITS:
         rows = CustomDataset(split, [task], length=9, num_digits=12, seed=4).rows(range(3000))[0]
-        assert (is_test_row(rows) == (split == "test")).all()
+        assert (split_of(rows) == split).all()
 
 
 @pytest.mark.parametrize(
     ("low", "high", "length"), [(1, 10, 10), (1, 10, 7), (0, 1, 30), (1, 1000, 12), (1, 4, 20)], ids=str
 )
-def test_a_quarter_of_uniform_rows_is_for_testing(low, high, length):
+def test_each_split_has_its_share_of_uniform_rows(low, high, length):
     n = 100_000
     rows = np.random.default_rng(7).integers(low, high + 1, (n, length))
-    is_test = is_test_row(rows)
-    assert is_test.shape == (n,)
-    assert abs(is_test.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n)
-    assert np.array_equal(is_test_row(rows[::-1]), is_test[::-1])
+    splits = split_of(rows)
+    assert splits.shape == (n,)
+    for split, share in SPLITS.items():
+        assert abs((splits == split).mean() - share) < 5 * np.sqrt(share * (1 - share) / n)
+    is_test = splits == "test"
+    assert np.array_equal(split_of(rows[::-1]), splits[::-1])
     # Nothing simple about a row tells its split: not its sum, its first or last element, or a small change of it.
     for feature in (rows.sum(axis=-1) % 2, rows[:, 0] % 2, rows[:, -1] % 2, rows[:, length // 2] % 2):
         shares = [is_test[feature == value].mean() for value in (0, 1)]
         assert abs(shares[0] - shares[1]) < 5 * np.sqrt(0.25 * 0.75 * 4 / n)
     changed = rows.copy()
     changed[:, 0] = np.where(rows[:, 0] == low, low + 1, low)
-    both = (is_test & is_test_row(changed)).mean()
+    both = (is_test & (split_of(changed) == "test")).mean()
     assert abs(both - 1 / 16) < 5 * np.sqrt(1 / 16 / n)
 
 
@@ -555,7 +565,7 @@ def test_rows_hash_is_of_rows_and_nothing_else():
     changes = ({"seed": 1}, {"length": 9}, {"num_digits": 9}, {"tasks": tasks[::-1]}, {"split": "test"})
     others = [CustomDataset(**({"split": "train", "tasks": tasks, "length": 8} | change)) for change in changes]
     assert len({each.rows_hash() for each in [base, *others]}) == 6
-    assert base.rows_hash() == "1aee06ac107a70973a4edf3404b4377b"  # the same on every machine and in every version
+    assert base.rows_hash() == "c3953a2669d357b7b591d1c14106bf48"  # the same on every machine and in every version
 
 
 def test_a_description_of_tasks_that_are_not_known_can_be_used_for_others():
@@ -593,7 +603,7 @@ def test_sizes_may_be_numpy_integers():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"split": "validation"}, ValueError, "'train' or 'test', got 'validation'"),
+        ({"split": "dev"}, ValueError, "train, validation, test, got 'dev'"),
         ({"tasks": Add1()}, TypeError, "list of tasks"),
         ({"tasks": "Add1"}, TypeError, "list of tasks"),
         ({"tasks": ["Add1"]}, TypeError, "list of tasks"),
@@ -643,9 +653,9 @@ def test_negative_indices_are_refused():
 
 
 def test_too_few_rows_for_a_split_is_an_error_and_not_a_loop():
-    """Two digits in one place are two rows: at most one of the splits has none of them, and says so."""
+    """Two digits in one place are two rows: a split that has none of them says so."""
     n_errors = 0
-    for split, length in itertools.product(["train", "test"], [1, 2]):
+    for split, length in itertools.product(SPLITS, [1, 2]):
         for task in (InverseBinary(), SortAscending()):
             try:
                 rows = CustomDataset(split, [task], length=length, num_digits=2).rows(range(3))[0]
@@ -653,7 +663,7 @@ def test_too_few_rows_for_a_split_is_an_error_and_not_a_loop():
                 n_errors += 1
                 assert "too few rows" in str(error)  # noqa: PT017 (either is right)
             else:
-                assert (is_test_row(rows) == (split == "test")).all()
+                assert (split_of(rows) == split).all()
     assert n_errors > 0
 
 
