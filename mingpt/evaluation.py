@@ -40,7 +40,7 @@ class Score:
     Attributes:
         n_correct: rows whose every output token is right.
         n_rows: rows in all.
-        by_position: the share of rows that is right at each output position, L numbers.
+        by_position: the share of rows that is right up to and including each output position, L numbers.
         n_distinct: different rows, input and solution; None where they were not counted.
     """
 
@@ -80,16 +80,23 @@ class Score:
 
     @classmethod
     def of(cls, outputs: np.ndarray, solutions: np.ndarray, inputs: np.ndarray | None = None) -> Score:
-        """Compare outputs with solutions, (N, L) each; ``inputs`` (N, L) tell how many rows are distinct."""
-        is_right = outputs == solutions
+        """Compare outputs with solutions, (N, L) each; ``inputs`` (N, L) tell how many rows are distinct.
+
+        An output counts up to its first mistake, so it does not matter whether a token followed the row's own output or
+        the solution.
+        """
+        is_right = np.logical_and.accumulate(outputs == solutions, axis=1)
         n_distinct = None if inputs is None else len(np.unique(np.concatenate([inputs, solutions], axis=1), axis=0))
-        return cls(int(is_right.all(axis=1).sum()), len(outputs), tuple(is_right.mean(axis=0).tolist()), n_distinct)
+        return cls(int(is_right[:, -1].sum()), len(outputs), tuple(is_right.mean(axis=0).tolist()), n_distinct)
 
 
 def evaluate(
     model: GPT, dataset: CustomDataset, prefixes: AnyPrefix = None, n_rows: int = N_ROWS, **options: Any
 ) -> Score:
-    """Answer the dataset's first ``n_rows`` rows greedily and count those whose every output token is right.
+    """Count the rows, of the dataset's first ``n_rows``, whose every output token is right in a greedy answer.
+
+    That is so where each token of the solution is the likeliest after those before it. One pass over inputs and
+    solutions tells, without decoding; only with logits processors the answers are generated.
 
     Args:
         model: a GPT.
@@ -103,7 +110,9 @@ def evaluate(
             the dataset's prefix_padding.
     """
     inputs, solutions = _rows(model, dataset, n_rows)
-    return Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions, inputs)
+    known = None if options.get("logits_processors") else solutions
+    outputs = predict(model, inputs, dataset.prefix_padding, prefixes, **options, solutions=known)
+    return Score.of(outputs, solutions, inputs)
 
 
 def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,6 +133,7 @@ def predict(
     precision: str = "auto",
     logits_processors: Iterable[Callable] = (),
     forbidden_mass_record: list[Tensor] | None = None,
+    solutions: np.ndarray | None = None,
 ) -> np.ndarray:
     """The model's greedy answers to input rows.
 
@@ -137,6 +147,8 @@ def predict(
         logits_processors: see ``mingpt.decoding.generation.generate``.
         forbidden_mass_record: a list that receives, for each batch and of it for each of the L steps, the probability
             that each constraint forbade, (rows, number of constraints); see ``mingpt.decoding.generation.generate``.
+        solutions: (N, L); with them an answer's token is the likeliest after the solution's tokens before it, not after
+            the answer's own. Nothing is generated then, and no processor is asked.
 
     Returns:
         (N, L) answers.
@@ -152,15 +164,22 @@ def predict(
         prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
         if prefix.n_placeholders > prefix_padding:
             raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
-    prompts = np.concatenate([np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs], axis=1)
-    tokens, outputs = torch.from_numpy(prompts).to(model.device), []
+    prompts = [np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs]
+    if solutions is not None:
+        prompts.append(solutions[:, :-1])
+    tokens, outputs = torch.from_numpy(np.concatenate(prompts, axis=1)).to(model.device), []
     options = {"logits_processors": tuple(logits_processors), "forbidden_mass_record": forbidden_mass_record}
     with evaluation_mode(model), autocast(precision, model.device):
         for start in range(0, n_rows, batch_size):
             rows = slice(start, start + batch_size)
             own = None if prefix is None else prefix.for_rows(rows, n_rows)
-            outputs.append(model.generate(tokens[rows], length, prefixes=own, **options))
-    return torch.cat(outputs)[:, prefix_padding + length :].cpu().numpy()
+            if solutions is None:
+                outputs.append(model.generate(tokens[rows], length, prefixes=own, **options)[:, -length:])
+            else:
+                n_shared = prefix_padding if own is None else 0
+                logits, _ = model(tokens[rows], prefixes=own, n_shared=n_shared, n_last=length)
+                outputs.append(logits.argmax(dim=-1))
+    return torch.cat(outputs).cpu().numpy()
 
 
 @dataclass(frozen=True)
