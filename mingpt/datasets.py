@@ -155,6 +155,10 @@ class CustomDataset(torch.utils.data.Dataset):
         """T, how many tokens the model reads: placeholders, input, and all of the solution but its last."""
         return self.prefix_padding + 2 * self.length - 1
 
+    def with_split(self, split: str) -> CustomDataset:
+        """The dataset of another split that is otherwise the same."""
+        return type(self)(**self._arguments() | {"split": split, "tasks": self.tasks})
+
     def check_fits(self, vocab_size: int, block_size: int) -> None:
         """Check that a model of these sizes can read every example.
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mingpt import distributed
 from mingpt.datasets import IGNORED, CustomDataset
 from mingpt.distributed.sharding import distribute_like, fully_shard
+from mingpt.evaluation import evaluate
 from mingpt.lora import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, Reparametrization, as_prefix
@@ -38,7 +38,9 @@ OneOrMore = CustomDataset | Sequence[CustomDataset]
 AnyPrefix = Tensor | Prefix | Reparametrization
 """What a Trainer trains on; what a PrefixTrainer trains on, a dataset for each prefix, and what it trains."""
 
-LEAST = {"batch_size": 1, "checkpoint_every": 1, "log_every": 1}
+LEAST: dict[str, int] = dict.fromkeys(
+    ("batch_size", "checkpoint_every", "log_every", "validate_every", "validation_rows"), 1
+)
 MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
 """The bounds of the configuration's numbers; from 0 without bound where nothing is said."""
 
@@ -53,7 +55,7 @@ def check_config(config: CfgNode) -> None:
         ValueError: with a line for each mistake: the key, what it must be, and what was given.
     """
     typed, mistakes = Trainer.get_default_config(), []
-    typed.max_iters, typed.checkpoint_every = 0, 1  # integers, although None by default
+    typed.max_iters, typed.checkpoint_every, typed.validate_every = 0, 1, 1  # integers, although None by default
     for key in typed.to_dict():
         try:
             if key == "device":
@@ -71,6 +73,8 @@ def check_config(config: CfgNode) -> None:
         mistakes.append("checkpoint_every is set and checkpoint_path is not; set both or neither")
     if config.lr_schedule != "constant" and config.max_iters is None:
         mistakes.append(f"lr_schedule = {config.lr_schedule!r} needs max_iters, where the decay ends")
+    if config.validate_every and (config.max_iters is None or config.decay_fraction == 1 or config.num_workers):
+        mistakes.append("validate_every needs max_iters, a decay_fraction below 1, and num_workers = 0")
     if config.parallel == "fsdp" and config.optimizer == "muon":
         mistakes.append("parallel = 'fsdp' splits the matrices that optimizer = 'muon' needs full; use adamw")
     if mistakes:
@@ -111,8 +115,9 @@ class Trainer:
             optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate with muon_momentum.
             lr_schedule: "constant", "linear" or "cosine": how the rate decays over the last decay_fraction of the run.
             warmup_iters: iterations of linear warm-up.
-            converged_loss: of prefixes trained together, one whose smoothed loss (nats per scored token) falls below
-                this has converged: it does not change any more, and the others get its rows. With 0 none does.
+            validate_every: iterations after which each prefix answers validation_rows rows of its validation split. One
+                that answers all of them right, or has not got better for ``patience`` iterations, is at its plateau:
+                its own rate decays then as at the end of a run, and then it leaves the batch.
             precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
             compile: pass the model through torch.compile.
             parallel: what each process has of the model: "ddp" all of it (DistributedDataParallel), "fsdp" a shard of
@@ -126,12 +131,15 @@ class Trainer:
         loop = {"device": "auto", "num_workers": 0, "max_iters": None, "batch_size": 64}
         adamw = {"learning_rate": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "grad_norm_clip": 1.0}
         muon = {"optimizer": "adamw", "muon_learning_rate": 5e-3, "muon_momentum": 0.95}
-        schedule = {"lr_schedule": "constant", "warmup_iters": 0, "decay_fraction": 0.4, "converged_loss": 0.0}
+        schedule = {"lr_schedule": "constant", "warmup_iters": 0, "decay_fraction": 0.4}
+        validation = {"validate_every": None, "validation_rows": 256, "patience": 1000}
         hardware = {"precision": "auto", "compile": False, "parallel": "ddp"}
         files = dict.fromkeys(("checkpoint_path", "checkpoint_every", "metrics_path", "tensorboard_path"))
-        config = CfgNode(**loop, **adamw, **muon, **schedule, **hardware, **files, log_every=10, progress="auto")
+        config = CfgNode(
+            **loop, **adamw, **muon, **schedule, **validation, **hardware, **files, log_every=10, progress="auto"
+        )
         choices = {"optimizer": OPTIMIZERS, "lr_schedule": SCHEDULES, "precision": PRECISIONS}
-        return config.close(**choices, parallel=("ddp", "fsdp"), progress=("auto", True, False), converged_loss=None)
+        return config.close(**choices, parallel=("ddp", "fsdp"), progress=("auto", True, False))
 
     def __init__(self, config: CfgNode, model: nn.Module, train_dataset: AnyDataset):
         """Move the model to its device and get ready; ``run`` does the work.
@@ -162,6 +170,7 @@ class Trainer:
         self.cache_key: dict[str, Any] = {}
         self.optimizer = cast(torch.optim.Optimizer, None)  # made by run
         self.loss: Tensor = torch.tensor(float("nan"))
+        self._validated: dict[str, Any] = {}  # what the iteration's line in the metrics file has beside the loss
         self.iter_num, self.iter_time, self.iter_dt, self.seconds = 0, 0.0, 0.0, 0.0
 
     def add_callback(self, onevent: str, callback: Callable[[Trainer], None]) -> None:
@@ -249,7 +258,8 @@ class Trainer:
                 now = time.perf_counter()
                 self.iter_dt, self.iter_time = now - self.iter_time, now
                 self.seconds += self.iter_dt
-                logger.log_step(self.iter_num, self.loss, self.optimizer.param_groups[-1]["lr"], self.iter_dt)
+                rate = self.optimizer.param_groups[-1]["lr"]
+                logger.log_step(self.iter_num, self.loss, rate, self.iter_dt, self._validated)
                 is_due = config.checkpoint_every and self.iter_num % config.checkpoint_every == 0
                 if is_due and not self.is_finished():
                     self.save()
@@ -261,6 +271,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
+        self._validated = {}
         # The gradient of the mean over all processes' targets is the mean of theirs, weighted by how many each has.
         self._weight = self._weight_of(y)
         with autocast(self.precision, self.device):
@@ -401,14 +412,14 @@ class LoRATrainer(AdapterTrainer):
 class PrefixTrainer(AdapterTrainer):
     """Trains one prefix, or several at once, for a frozen model.
 
-    Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added and
-    their gradients clipped one by one, so each ends as if it had been trained alone; with ``converged_loss``, those
-    that have not converged share the rows of those that have.
+    Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added,
+    their gradients clipped and their learning rates decayed one by one, so each ends as if it had been trained alone.
 
     A prefix tensor is trained in place; as the model, it moves to the trainer's device.
 
     Attributes:
         prefixes: the tensor or the Reparametrization that was given.
+        n_iters: (K,) of int64, after how many iterations each prefix ends; below max_iters where it is at its plateau.
     """
 
     def __init__(self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: AnyPrefix):
@@ -443,8 +454,9 @@ class PrefixTrainer(AdapterTrainer):
             raise ValueError(f"{prefix.n_prefixes} prefixes for {n_datasets} datasets; give one prefix a dataset")
         if padding < prefix.n_placeholders:
             raise ValueError(f"prefix_padding = {padding} is too short for {prefix.n_placeholders} prefix positions")
-        if config.converged_loss and config.num_workers:
-            raise ValueError("converged_loss needs num_workers = 0: which rows are next depends on the losses")
+        self._validation = [dataset.with_split("validation") for dataset in data.datasets]
+        names = [", ".join(map(str, dataset.tasks)) for dataset in data.datasets]
+        self._names = [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
         self._prefix = prefix  # its kind, placeholders and shape, which has the axis of K in front
         self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
         if isinstance(self.prefixes, Tensor):
@@ -459,59 +471,70 @@ class PrefixTrainer(AdapterTrainer):
     def trained_tensors(self) -> dict[str, Tensor]:
         own = self.prefixes
         trained = {"prefixes": own} if isinstance(own, Tensor) else dict(own.named_parameters())
-        return trained | ({"loss": self._smoothed_loss} if self.config.converged_loss else {})
+        state = {"n_iters": self.n_iters, "best": self._best, "best_at": self._best_at}
+        return trained | (state if self.config.validate_every else {})
 
     def run(self) -> None:
         """Train the prefixes; the model's weights get no gradient and do not change."""
-        # Each prefix's loss, smoothed from 1 nat on, so that none converges in the first iterations; 0 once it has.
-        self._smoothed_loss = torch.ones(self._prefix.n_prefixes, device=self.device)
-        self._share_rows()
+        n_prefixes, forever = self._prefix.n_prefixes, torch.iinfo(torch.int64).max
+        self.n_iters = torch.full((n_prefixes,), forever if self.config.max_iters is None else self.config.max_iters)
+        self._best, self._best_at = torch.full((n_prefixes,), -1.0), torch.zeros(n_prefixes, dtype=torch.int64)
         super().run()
 
+    @property
+    def _numbers(self) -> list[int]:
+        """Which prefixes still learn."""
+        return [number for number, n in enumerate(self.n_iters.tolist()) if n > self.iter_num]
+
     def is_finished(self) -> bool:
-        return super().is_finished() or not self._numbers
+        return not self._numbers
 
     def index_batches(self) -> Iterator[Sequence[Any]]:
         """For each iteration, (a dataset's number, its indices) for each prefix that learns."""
-        n_rows = self.config.batch_size * self._prefix.n_prefixes  # of the batch, whoever has them
-        # Where rows are shared, a batch is numbered as if one dataset had all of it, so that no row is used twice.
-        stride = n_rows if self.config.converged_loss else self.config.batch_size
-        for iteration in itertools.count(self.iter_num):
-            rows = range(iteration * stride, iteration * stride + n_rows // len(self._numbers))
-            own = batches.shard_indices(rows, (distributed.rank(), distributed.world_size()))
+        for own in super().index_batches():
             yield [(number, own) for number in self._numbers]
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean over the prefixes that learn of each one's mean cross-entropy, in nats."""
+        values = self._values().index_select(0, torch.tensor(self._numbers, device=self.device))
+        return self._forward(x, y, prefixes=replace(self._prefix, values=values), **self._hints)[1]
+
+    def _values(self) -> Tensor:
+        """The prefixes as they are now, with the axis of K in front."""
         values = self.prefixes if isinstance(self.prefixes, Tensor) else self.prefixes()
-        values = values.view(self._prefix.values.shape).index_select(0, self._learning)
-        logits, loss = self._forward(x, y, prefixes=replace(self._prefix, values=values), **self._hints)
-        if self.config.converged_loss:
-            with torch.no_grad():
-                scored = y[:, -logits.shape[1] :].flatten()
-                losses = F.cross_entropy(logits.flatten(0, 1).float(), scored, reduction="none")
-                own = self.mean(losses.view(len(self._numbers), -1).mean(dim=1))
-                self._smoothed_loss[self._learning] = self._smoothed_loss[self._learning].lerp(own, 0.1)
-        return loss
+        return values.view(self._prefix.values.shape)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
+        tensors = self.trainable_parameters()
+        before = [tensor.detach().clone() for tensor in tensors]
         super()._step(x, y)
-        if self.config.converged_loss and (self.iter_num + 1) % 10 == 0:  # seldom, a GPU has to be waited for
-            converged = self._smoothed_loss < self.config.converged_loss
-            self._smoothed_loss[converged] = 0
-            # Without a gradient and without momentum, Adam leaves a prefix as it is.
-            for tensor in self.trainable_parameters():
-                self.optimizer.state[tensor]["exp_avg"][converged] = 0
-            self._share_rows()
+        if self.config.validate_every:
+            # Without weight decay, AdamW's step is proportional to the rate: each prefix takes its share of the step.
+            common = learning_rate_factor(self.iter_num, self.config)
+            own = [learning_rate_factor(self.iter_num, self.config, n) / common for n in self.n_iters.tolist()]
+            shares = torch.tensor(own, device=self.device).clamp(min=0)
+            with torch.no_grad():
+                for tensor, old in zip(tensors, before, strict=True):
+                    tensor.copy_(old.lerp(tensor, shares.view(-1, *[1] * (tensor.ndim - 1))))
+            if (self.iter_num + 1) % self.config.validate_every == 0:
+                self._validate()
 
-    def _resume(self, path: str | Path) -> None:
-        super()._resume(path)
-        self._share_rows()
-
-    def _share_rows(self) -> None:
-        """Find which prefixes still learn: the next batches are made of rows of theirs."""
-        self._learning = self._smoothed_loss.nonzero().flatten()
-        self._numbers: list[int] = self._learning.tolist()
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Let the prefixes that learn answer validation rows, and end those at their plateau."""
+        config, n_done, values = self.config, self.iter_num + 1, self._values().detach()
+        kept = 0.0 if config.lr_schedule == "constant" else config.decay_fraction
+        for number in self._numbers:
+            prefix = replace(self._prefix, values=values[number : number + 1])
+            n_rows, data = config.validation_rows, self._validation[number]
+            score = evaluate(cast(GPT, self.model), data, prefix, n_rows, precision=self.precision)
+            accuracy = distributed.all_gather(score.accuracy)[0]
+            self._validated[self._names[number]] = accuracy
+            if accuracy > self._best[number]:
+                self._best[number], self._best_at[number] = accuracy, n_done
+            is_plateau = accuracy == 1 or n_done - int(self._best_at[number]) >= config.patience
+            if is_plateau and int(self.n_iters[number]) == config.max_iters:
+                self.n_iters[number] = min(config.max_iters, math.ceil(n_done / (1 - kept)))
 
     def clip_gradients(self) -> None:
         """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""

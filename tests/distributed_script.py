@@ -23,8 +23,10 @@ import torch
 import torch._dynamo  # (like the next two, to import it once for all processes)
 import torch.distributed.fsdp
 import torch.distributed.tensor
+from resume_script import validation_score
 
 from mingpt import distributed, tasks
+from mingpt import trainer as trainer_module
 from mingpt.datasets import CustomDataset
 from mingpt.experiments import multistep, presets, reproduction
 from mingpt.experiments.predictor import Predictor
@@ -201,7 +203,7 @@ def small_trainer(kind: str, n_iters: int, path: Path | None, **changes):
     config.merge_from_dict({"batch_size": 12, "learning_rate": 2e-3, "lr_schedule": "linear"} | changes)
     config.checkpoint_path = path
     options = {"length": 4, "num_digits": 6, "prefix_padding": 2}
-    some_tasks = [tasks.SortAscending(), tasks.InverseBinary()]
+    some_tasks = [tasks.SortAscending(), tasks.Add1() if kind == "prefix plateau" else tasks.InverseBinary()]
     data = CustomDataset("train", some_tasks, **options)
     model_config = GPT.get_default_config()
     model_config.merge_from_dict({"model_type": None, "n_layer": 2, "n_head": 2, "n_embd": 16, "init": "zero_residual"})
@@ -215,8 +217,9 @@ def small_trainer(kind: str, n_iters: int, path: Path | None, **changes):
             parameter.normal_(std=0.3)
     prefixes = torch.randn(2, 2, 2, 16).requires_grad_()
     config.learning_rate = 0.1
-    if kind == "prefix sharing":
-        config.converged_loss = 1.87  # losses are smoothed from 1 nat on, so one of the two "converges" at once
+    if kind == "prefix plateau":
+        config.validate_every, config.lr_schedule = 3, "linear"
+        trainer_module.evaluate = validation_score
     return PrefixTrainer(config, model, [CustomDataset("train", [task], **options) for task in some_tasks], prefixes)
 
 
@@ -229,8 +232,8 @@ def train(folder: Path, kind: str, n_iters: int, end: int | None = None, **chang
     if end is not None:
         trainer.is_finished = lambda: trainer.iter_num >= end
     trainer.run()
-    if kind == "prefix sharing":
-        return {"losses": losses, "learning": trainer._learning.tolist()}
+    if kind == "prefix plateau":
+        return {"losses": losses, "n_iters": trainer.n_iters.tolist()}
     return {"losses": losses}
 
 

@@ -11,19 +11,21 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import safetensors.torch  # noqa: F401 (like the next, to import it once for all processes)
 import torch
 import torch._dynamo
 
 from mingpt import tasks
+from mingpt import trainer as trainer_module
 from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
 from mingpt.storage import checkpoint
 from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import set_seed
 
-KINDS = ("muon", "map", "joint", "shared")
+KINDS = ("muon", "map", "joint", "plateau")
 N_ITERS = 40
 CHECKPOINT_EVERY = 4
 LOG_EVERY = 3
@@ -54,6 +56,11 @@ def digest(tensors, description=None):
     return sha.hexdigest()
 
 
+def validation_score(model, dataset, *_, **__):
+    """In the place of ``evaluate``: one task is solved at the first look, the other never."""
+    return SimpleNamespace(accuracy=float("Add1" in map(str, dataset.tasks)))
+
+
 def build_trainer(kind, folder, num_workers=0):
     """One of KINDS, with dropout; its tensors start from whatever the seed is, but for a prefix's frozen model."""
     config = Trainer.get_default_config()
@@ -73,8 +80,11 @@ def build_trainer(kind, folder, num_workers=0):
     model_config.n_layer, model_config.n_head, model_config.n_embd = 2, 2, 16
     model_config.vocab_size, model_config.block_size = mixture.get_vocab_size(), mixture.get_block_size()
     model_config.embd_pdrop = model_config.resid_pdrop = model_config.attn_pdrop = 0.2
-    if kind in ("joint", "shared"):
-        config.learning_rate, config.converged_loss = 0.05, 2.0 if kind == "shared" else 0.0
+    if kind in ("joint", "plateau"):
+        config.learning_rate = 0.05
+        if kind == "plateau":
+            config.validate_every = 3
+            trainer_module.evaluate = validation_score
         state = torch.get_rng_state()
         set_seed(0)
         model = GPT(model_config)
@@ -83,7 +93,8 @@ def build_trainer(kind, folder, num_workers=0):
                 if parameter.ndim == 2:
                     parameter *= 8  # at GPT-2's initialisation a small model hardly reacts to anything
         torch.set_rng_state(state)
-        datasets = [CustomDataset("train", [task], **options) for task in some_tasks]
+        both = [tasks.SortAscending(), tasks.Add1() if kind == "plateau" else tasks.InverseBinary()]
+        datasets = [CustomDataset("train", [task], **options) for task in both]
         prefixes = torch.randn((2, 2, 2, 16), requires_grad=True)
         return PrefixTrainer(config, model, datasets, prefixes)
     return Trainer(config, GPT(model_config), mixture if kind == "muon" else MapDataset())
@@ -98,7 +109,9 @@ def train(kind, folder, seed, num_workers=0, is_to_be_killed=False):
     set_seed(seed)
     trainer = build_trainer(kind, folder, num_workers)
     batches = []
-    trainer.model.register_forward_pre_hook(lambda _, xy: batches.append(digest({"x": xy[0], "y": xy[1]})))
+    trainer.model.register_forward_pre_hook(  # of training only; a validation has no targets
+        lambda _, xy: batches.append(digest({"x": xy[0], "y": xy[1]})) if len(xy) > 1 else None
+    )
     with (Path(folder) / "progress.jsonl").open("a") as progress:
 
         def on_batch_end(trainer):

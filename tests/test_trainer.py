@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import resume_script
@@ -184,7 +185,7 @@ def test_a_killed_run_resumes_bit_identically(launcher, uninterrupted, tmp_path,
     check_same_result(tmp_path, uninterrupted(kind))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in resume_script.KINDS if kind != "shared"])
+@pytest.mark.parametrize("kind", [kind for kind in resume_script.KINDS if kind != "plateau"])
 def test_the_number_of_workers_does_not_matter(launcher, uninterrupted, tmp_path, kind):
     moment = resume_script.CHECKPOINT_EVERY + 2
     launcher.run_and_kill(moment, 0.001, kind=kind, folder=tmp_path, seed=0, num_workers=2)
@@ -193,8 +194,8 @@ def test_the_number_of_workers_does_not_matter(launcher, uninterrupted, tmp_path
 
 
 def test_the_reference_run_is_worth_comparing_with(uninterrupted):
-    losses = checkpoint.load_checkpoint(uninterrupted("shared") / "run.safetensors")[0]["trained.loss"]
-    assert [loss > 0 for loss in losses.tolist()] == [True, False]  # the second prefix converged
+    ends = checkpoint.load_checkpoint(uninterrupted("plateau") / "run.safetensors")[0]["trained.n_iters"].tolist()
+    assert min(ends) < max(ends) == resume_script.N_ITERS  # one prefix ended at its plateau
     for kind in resume_script.KINDS:
         result = result_of(uninterrupted(kind))
         iterations = result["iterations"].values()
@@ -471,7 +472,9 @@ WRONG_VALUES = {
     "lr_schedule": ["step"],
     "warmup_iters": [-1, 0.5],
     "decay_fraction": [1.1, "half"],
-    "converged_loss": [-1.0, "none"],
+    "validate_every": [0, 1.5],
+    "validation_rows": [0],
+    "patience": [-1],
     "precision": ["float16"],
     "compile": ["false", None],
     "parallel": ["tp"],
@@ -524,7 +527,7 @@ def test_each_mistake_has_a_line():
 def test_right_values_pass(tmp_path):
     check_config(Trainer.get_default_config())
     check_config(new_config(device=torch.device("cpu"), max_iters=None, betas=[0, 0.5], learning_rate=1, compile=True))
-    check_config(new_config(converged_loss=None, progress=False, checkpoint_path=tmp_path, checkpoint_every=1))
+    check_config(new_config(progress=False, checkpoint_path=tmp_path, checkpoint_every=1))
 
 
 def test_values_get_the_types_of_their_defaults():
@@ -1130,51 +1133,72 @@ def test_joint_batches_are_each_datasets_own():
         assert torch.equal(y, torch.cat([y for _, y in own]))
 
 
-def test_a_converged_prefix_stays_and_gives_its_rows_away():
-    """Of three prefixes InverseBinary's converges; its rows are shared by the others, and no row is used twice."""
-    seen, values = [], []
+def plateau_config(**options):
+    options = {"lr_schedule": "linear", "decay_fraction": 0.5, "validate_every": 5, "validation_rows": 20} | options
+    return new_config(**{"max_iters": 60, "batch_size": 4, "learning_rate": 0.2, "patience": 10} | options)
+
+
+def test_a_prefix_at_its_plateau_decays_by_itself_and_leaves_the_batch(monkeypatch):
+    """The second answers all validation rows after 10 iterations; the first gets better, the third never."""
+    accuracies = {"SortAscending": itertools.count(0, 0.05), "InverseBinary": iter([0.5, 1.0, 1.0, 0.9])}
+    seen, values, asked = [], [], []
+
+    def evaluate(model, dataset, prefix, n_rows, precision):
+        (task,) = dataset.tasks
+        asked.append((dataset.split, n_rows, precision, prefix.values.clone()))
+        return SimpleNamespace(accuracy=next(accuracies.get(str(task), iter([0.3]))))
+
+    monkeypatch.setattr("mingpt.trainer.evaluate", evaluate)
     model, datasets = new_model(gain=20.0), [new_dataset(task) for task in THREE_TASKS]
     model.register_forward_pre_hook(lambda module, args: seen.append(args))
     set_seed(3)
     prefixes = torch.randn(3, 2, PADDING, 16, requires_grad=True)
-    config = new_config(max_iters=60, batch_size=4, learning_rate=0.2, converged_loss=1.69)
-    trainer = PrefixTrainer(config, model, datasets, prefixes)
+    trainer = PrefixTrainer(plateau_config(), model, datasets, prefixes)
     trainer.add_callback("on_batch_end", lambda _: values.append(prefixes.detach().clone()))
     trainer.run()
-    n_rows = [len(x) for x, _ in seen]
-    assert n_rows == [12] * 60  # all of the batch, whoever has it
-    is_still = [[torch.equal(before[k], after[k]) for before, after in itertools.pairwise(values)] for k in range(3)]
-    assert not any(is_still[0])
-    assert not any(is_still[2])
-    end = is_still[1].index(True) + 1  # the first iteration that leaves InverseBinary's as it is
-    assert end % 10 == 0
-    assert 0 < end < 60
-    assert all(is_still[1][end - 1 :])
-    for iteration, (x, y) in enumerate(seen):
-        chosen = datasets if iteration < end else [datasets[0], datasets[2]]
-        own = [dataset.batch(range(12 * iteration, 12 * iteration + 12 // len(chosen))) for dataset in chosen]
-        assert torch.equal(x, torch.cat([x for x, _ in own]))
-        assert torch.equal(y, torch.cat([y for _, y in own]))
-    # The loss is still each one's own: what the gradient of an average over two of three would be.
-    prefix = Prefix("activation", values[-2], torch.tensor([0, 2]).repeat_interleave(6))
-    logits, _ = new_model(gain=20.0).eval()(seen[-1][0], prefixes=prefix)
-    own = torch.nn.functional.cross_entropy(logits[:, -LENGTH:].flatten(0, 1), seen[-1][1][:, -LENGTH:].flatten())
-    assert trainer.loss.item() == pytest.approx(own.item(), rel=1e-5)
+    assert {split for split, *_ in asked} == {"validation"}
+    # The third was best at 5 and waited 10; both ends are twice where the decay began, since decay_fraction is a half.
+    assert trainer.n_iters.tolist() == [60, 20, 30]
+    assert [len(x) for x, _ in seen] == [12] * 20 + [8] * 10 + [4] * 30
+    for k, end in enumerate(trainer.n_iters):
+        moves = [not torch.equal(before[k], after[k]) for before, after in itertools.pairwise(values)]
+        assert moves == [True] * (end - 1) + [False] * (60 - end)
+    for iteration, (x, _) in enumerate(seen):
+        learning = [datasets[k] for k, end in enumerate(trainer.n_iters) if end > iteration]
+        assert torch.equal(x, torch.cat([data.batch(range(4 * iteration, 4 * iteration + 4))[0] for data in learning]))
 
 
-def test_training_ends_when_every_prefix_has_converged():
-    prefixes = torch.randn(2, 2, PADDING, 16, requires_grad=True)
-    datasets = [new_dataset(task) for task in THREE_TASKS[:2]]
-    trainer = PrefixTrainer(new_config(max_iters=50, converged_loss=100.0), new_model(), datasets, prefixes)
+def test_a_prefix_that_ends_early_ends_as_if_the_run_had_been_that_long():
+    """Its steps are those of a run of 20 iterations whose rate decays over the last half."""
+    short, early = (torch.full((1, 2, PADDING, 16), 0.1, requires_grad=True) for _ in range(2))
+    PrefixTrainer(plateau_config(max_iters=20, validate_every=None), new_model(), [new_dataset()], short).run()
+    trainer = PrefixTrainer(plateau_config(), new_model(), [new_dataset()], early)
+    trainer.add_callback("on_batch_end", lambda each: each._best.fill_(2.0) if each.iter_num == 3 else None)
+    trainer.config.patience, trainer.config.validate_every = 0, 10
     trainer.run()
-    assert trainer.iter_num == 10
-    trainer.run()  # starts over
-    assert trainer.iter_num == 10
+    assert trainer.n_iters.tolist() == [20]
+    assert trainer.iter_num == 20
+    assert torch.allclose(short, early, atol=1e-6)
+    assert not torch.allclose(short, torch.full_like(short, 0.1), atol=1e-2)
 
 
-def test_sharing_rows_is_refused_where_it_cannot_be():
-    with pytest.raises(ValueError, match="converged_loss"):
-        PrefixTrainer(new_config(converged_loss=0.1, num_workers=1), new_model(), new_dataset(), new_prefix())
+def test_validation_accuracies_are_in_the_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    prefixes = torch.randn(3, 2, PADDING, 16, requires_grad=True)
+    its_tasks = [tasks.Add1(), tasks.Add1(), tasks.Add1() + tasks.LessThan()]
+    config = plateau_config(max_iters=12, metrics_path=path, log_every=10)
+    trainer = PrefixTrainer(config, new_model(), [new_dataset(task) for task in its_tasks], prefixes)
+    trainer.run()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [5, 10, 12]
+    names = ["Add1 (0)", "Add1 (1)", "Add1+LessThan"]
+    assert [list(line.get("accuracies", ())) for line in lines] == [names, names, []]
+
+
+@pytest.mark.parametrize("change", [{"max_iters": None}, {"decay_fraction": 1.0}, {"num_workers": 1}], ids=str)
+def test_validation_is_refused_where_it_cannot_be(change):
+    with pytest.raises(ValueError, match="validate_every needs"):
+        PrefixTrainer(plateau_config(**change), new_model(), new_dataset(), new_prefix())
 
 
 def build_wrong(case):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -48,7 +49,14 @@ class MetricsLogger(contextlib.ExitStack):
         bar = tqdm(total=config.max_iters, initial=iter_num, disable=is_hidden, unit="it", dynamic_ncols=True)
         self._bar = self.enter_context(bar)
 
-    def log_step(self, iter_num: int, loss: Tensor, learning_rate: float, iter_dt: float) -> None:
+    def log_step(
+        self,
+        iter_num: int,
+        loss: Tensor,
+        learning_rate: float,
+        iter_dt: float,
+        accuracies: Mapping[str, float] | None = None,
+    ) -> None:
         """Log an iteration: the bar moves at each, the rest is written every ``log_every`` and at ``max_iters``.
 
         Args:
@@ -56,17 +64,19 @@ class MetricsLogger(contextlib.ExitStack):
             loss: a scalar, in nats for a language model. One that is not finite is null in the file.
             learning_rate: the one it used.
             iter_dt: seconds it took.
+            accuracies: on validation rows, by name, 0 to 1; an iteration that has some is written in any case.
         """
         if not self._is_main:
             return
         self._bar.update()
-        if iter_num % self.config.log_every and iter_num != self.config.max_iters:
+        if iter_num % self.config.log_every and iter_num != self.config.max_iters and not accuracies:
             return
         value = loss.item()
         self._bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
         if self._file is not None:
             line = {"iter": iter_num, "loss": value if math.isfinite(value) else None}
             line |= {"learning_rate": learning_rate, "iter_dt": iter_dt}
+            line |= {"accuracies": accuracies} if accuracies else {}
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         if self._writer is not None:

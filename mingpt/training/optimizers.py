@@ -106,17 +106,19 @@ def build_optimizer(model: GPT, config: CfgNode) -> Optimizer:
     return Muon(matrices, optimizer, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
 
 
-def learning_rate_factor(iteration: int, config: CfgNode) -> float:
+def learning_rate_factor(iteration: int, config: CfgNode, max_iters: int | None = None) -> float:
     """What the learning rates are multiplied by at an iteration: a linear warm-up, a plateau, and a decay to zero.
 
     Args:
         iteration: counts from 0.
         config: has lr_schedule ("constant", "linear" or "cosine", the shape of the decay), warmup_iters,
             decay_fraction (the last share of the run, over which it decays) and max_iters, where the decay ends.
+        max_iters: in the place of the configuration's.
     """
     factor = min(1.0, (iteration + 1) / (config.warmup_iters + 1))
     if config.lr_schedule == "constant":
         return factor
-    n_decay = max(1.0, config.max_iters * config.decay_fraction)
-    left = min(1.0, (config.max_iters - iteration) / n_decay)
+    end: int = max_iters or config.max_iters
+    n_decay = max(1.0, end * config.decay_fraction)
+    left = min(1.0, max(0.0, (end - iteration) / n_decay))
     return factor * (left if config.lr_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
