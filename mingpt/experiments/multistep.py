@@ -28,7 +28,7 @@ from mingpt.evaluation import Score
 from mingpt.experiments.predictor import Predictor, SampleSeeds
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
-from mingpt.storage.cache import cached_json, identity
+from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
 from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task
 from mingpt.training.precision import autocast
@@ -142,7 +142,7 @@ def predict(
             # What the outputs are a function of; the prompt function counts by the prompts that it makes.
             fields = {name: value for name, value in vars(step).items() if name not in ("prompt_fn", "metric_fn")}
             key = {"stage": "step", "model": model_hash, "seed": seed, "precision": precision}
-            key |= {"prompts": json_checksum(prompts), "step": identity(fields)}
+            key |= {"prompts": json_checksum(prompts), "step": {k: json_checksum(v) for k, v in fields.items()}}
             path, partial_path = (Path(folder) / f"{step.name}{suffix}" for suffix in (".json", ".partial.jsonl"))
             outputs[step.name] = cached_json(path, key, partial(predict, step.name, partial_path, key))
             distributed.run_on_main(partial(partial_path.unlink, missing_ok=True))
