@@ -432,7 +432,7 @@ def _answer(
     examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
     outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
-    metrics = multistep.measure(plan, examples, outputs)
+    metrics = multistep.evaluate(plan, examples, outputs)
     columns = list(outputs.values())
     lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
     if _is_main():
