@@ -30,11 +30,12 @@ from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
 from mingpt.evaluation import Score, evaluate
 from mingpt.experiments import comparison, multistep, pipeline, reproduction
+from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
-from mingpt.storage.checkpoint import json_lines, load_checkpoint, write_atomic
+from mingpt.storage.checkpoint import load_checkpoint, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Task
 from mingpt.utils import CfgNode

@@ -250,13 +250,12 @@ def plan_from_composition(
     Raises:
         ValueError: if one of the tasks has no prefix.
     """
-    known_prefixes = ", ".join(prefixes) or "none"
-    for each in task.tasks:
-        if str(each) not in prefixes:
-            raise ValueError(f"no prefix for {each}, a step of {task}; there is one for {known_prefixes}")
+    known = ", ".join(prefixes) or "none"
     steps: list[Step] = []
     values = task.input_values(num_digits)
     for number, each in enumerate(task.tasks, start=1):
+        if str(each) not in prefixes:
+            raise ValueError(f"no prefix for {each}, a step of {task}; there is one for {known}")
         values = each.output_values(values, length)
         fields: dict[str, Any] = {"metric_fn": partial(_accuracy, CompositeTask(*task.tasks[:number]))}
         if is_constrained:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -50,15 +50,6 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def json_lines(values: Iterable[Any]) -> bytes:
-    """JSON values, a line each.
-
-    Raises:
-        TypeError: for one that is not JSON.
-    """
-    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
