@@ -175,7 +175,7 @@ def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[np.n
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
         raise ValueError(
-            f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; make them of one length"
+            f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; make them equally long"
         )
     return list(np.array(prompts, dtype=np.int64))
 

@@ -84,10 +84,8 @@ def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text())
+        if not (isinstance(found, dict) and found.keys() >= set(fields)):
+            raise ValueError(f"expecting an object with the fields ({', '.join(fields)})")
     except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not JSON ({error}); delete it to make it anew") from None
-    if not (isinstance(found, dict) and found.keys() >= set(fields)):
-        raise CheckpointError(
-            f"{path}: damaged, not a JSON object with the fields ({', '.join(fields)}); delete it to make it anew"
-        )
+        raise CheckpointError(f"{path}: damaged, not the right JSON ({error}); delete it to make it anew") from None
     return found

@@ -102,9 +102,7 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
         names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights}
         is_linear = names <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
-            raise ValueError(
-                f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha"
-            )
+            raise ValueError(f"{folder}: only a plain LoRA of linear layers is supported, with one rank and alpha")
         lora = LoRA(model, config.r, sorted(names), config.lora_alpha)
         load_weights(lora, {name: weights[theirs] for name, theirs in _peft_names(lora).items()}, folder)
         return lora
