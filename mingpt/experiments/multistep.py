@@ -174,9 +174,7 @@ def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[np.n
         raise ValueError(f"step {step.name!r} made {len(prompts)} prompts for {len(examples)} examples")
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
-        raise ValueError(
-            f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; make them equally long"
-        )
+        raise ValueError(f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; use one length")
     return list(np.array(prompts, dtype=np.int64))
 
 
