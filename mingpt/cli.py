@@ -30,11 +30,12 @@ from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
 from mingpt.evaluation import Score, evaluate
 from mingpt.experiments import comparison, multistep, pipeline, reproduction
+from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
-from mingpt.storage.checkpoint import json_lines, load_checkpoint, write_atomic
+from mingpt.storage.checkpoint import load_checkpoint, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Task
 from mingpt.utils import CfgNode
@@ -432,7 +433,7 @@ def _answer(
     examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
     outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
-    metrics = multistep.measure(plan, examples, outputs)
+    metrics = multistep.evaluate(plan, examples, outputs)
     columns = list(outputs.values())
     lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
     if _is_main():

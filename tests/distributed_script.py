@@ -192,7 +192,7 @@ def three_steps(folder: Path, dies_in: str | None = None) -> dict:
     ]
     plan = multistep.Plan(model, steps)
     outputs = multistep.predict(plan, examples, 4, seed=5, folder=folder / "plan")
-    metrics = multistep.measure(plan, examples, outputs)
+    metrics = multistep.evaluate(plan, examples, outputs)
     return {"calls": calls, "predicted": predicted, "outputs": outputs, "metrics": metrics}
 
 

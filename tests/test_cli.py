@@ -381,10 +381,10 @@ def test_a_row_on_which_the_task_is_not_defined_is_named_before_anything_is_writ
 
 
 def test_chain_writes_nothing_where_it_cannot_measure(run, folder, files, monkeypatch):
-    def measure(*_):
+    def evaluate(*_):
         raise ValueError("cannot be measured")
 
-    monkeypatch.setattr(multistep, "measure", measure)
+    monkeypatch.setattr(multistep, "evaluate", evaluate)
     code, out, err = run("chain", *files, "--run", folder, "--task", "Add1")
     assert (code, out) == (2, "")
     assert "cannot be measured" in err

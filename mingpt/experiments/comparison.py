@@ -106,21 +106,13 @@ def compare(
             raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
     tasks = list(dict.fromkeys(tasks))
     model, _ = pipeline.pretrain(config, run, later_tasks=tasks)
-    n_placeholders = config.data.prefix_size
-    n_asked = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
-    sizes = {name: _size(model, METHODS[name], n_asked, n_placeholders) for name in methods}
-    rows = [
-        {"method": name, "task": task, **row}
-        for name in methods
-        for task, row in _results(config, model, tasks, Path(run), name, sizes[name]).items()
-    ]
+    sizes = {name: _size(config, model, METHODS[name], n_parameters) for name in methods}
+    rows = [row for name in methods for row in _results(config, model, tasks, Path(run), name, sizes[name])]
     return pd.DataFrame(rows)
 
 
-def _results(
-    config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, size: int
-) -> dict[str, dict[str, Any]]:
-    """What one method comes to on each task: read where it is there, and fitted where it is not."""
+def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, size: int) -> list[dict]:
+    """What one method comes to on each task, a row each: read where it is there, and fitted where it is not."""
     method, budget = METHODS[name], config.copy()
     budget.prefix.merge_from_dict({"converged_loss": 0.0, "learning_rate": method.learning_rate})
     budget.trainer = budget.prefix
@@ -169,22 +161,25 @@ def _results(
             costs = {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds}
             yield costs | {"n_correct": score.n_correct, "n_rows": score.n_rows, "accuracy": score.accuracy}
 
-    results = fit()
-    return {str(task): cached_json(paths[task], keys[task], partial(next, results)) for task in tasks}
+    fits = fit()
+    values = {task: cached_json(paths[task], keys[task], partial(next, fits)) for task in tasks}
+    return [{"method": name, "task": str(task)} | value for task, value in values.items()]
 
 
-def _size(model: GPT, method: Method, n_parameters: int, n_placeholders: int) -> int:
-    """How many positions, or ranks, of a method have at most ``n_parameters`` trainable parameters."""
+def _size(config: CfgNode, model: GPT, method: Method, n_parameters: int | None) -> int:
+    """How many positions, or ranks, of a method have at most ``n_parameters`` trainable parameters, see ``compare``."""
+    n_placeholders = config.data.prefix_size
+    n_asked: int = n_parameters or model.config.n_layer * n_placeholders * model.config.n_embd
     if method.kind == "full":
         return 1
     if method.kind == "lora":
         lora = LoRA(model, 1, method.targets)
         lora.detach()
-        size = n_parameters // lora.n_parameters
+        size = n_asked // lora.n_parameters
     else:
-        size = min(n_parameters // initial_prefix(model, 1, kind=method.kind).numel(), n_placeholders)
+        size = min(n_asked // initial_prefix(model, 1, kind=method.kind).numel(), n_placeholders)
     if size < 1:
-        raise ValueError(f"{n_parameters} trainable parameters are too few for {method}; give more")
+        raise ValueError(f"{n_asked} trainable parameters are too few for {method}; give more")
     return size
 
 

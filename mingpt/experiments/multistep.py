@@ -9,7 +9,6 @@ process, and sent to the others; all processes share the prediction; the outputs
 from __future__ import annotations
 
 import graphlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,14 +22,14 @@ from torch import Tensor
 from mingpt import distributed
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MultisetConstraint, RegularConstraint
-from mingpt.decoding.logits_processors import LogitsProcessor
+from mingpt.decoding.logits_processors import Constraint, LogitsProcessor
 from mingpt.evaluation import Score
 from mingpt.experiments.predictor import Predictor, SampleSeeds
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
-from mingpt.storage.cache import cached_json, identity
+from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
-from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task
+from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task, Values
 from mingpt.training.precision import autocast
 from mingpt.utils import derived_seed, nearest
 
@@ -108,7 +107,6 @@ def predict(
     seed: int = 0,
     precision: str = "float32",
     folder: str | Path | None = None,
-    seconds: dict[str, float] | None = None,
 ) -> Outputs:
     """Lead examples through all steps of a plan. All processes of a job must get here, with the same examples.
 
@@ -120,7 +118,6 @@ def predict(
         precision: see ``mingpt.training.precision``; in "float32" the batch size does not show in the outputs.
         folder: where each step leaves its outputs, ``<name>.json``; after an interruption the same call goes on with
             what is missing there. Outputs must be JSON values then.
-        seconds: a dictionary that receives how long each step took, prompts and outputs included.
 
     Returns:
         The N outputs of every step, on every process.
@@ -132,7 +129,6 @@ def predict(
     outputs: Outputs = {}
     model_hash = None if folder is None else weights_hash(plan.model)
     for step in plan.steps:
-        start = time.perf_counter()
         earlier = {name: outputs[name] for name in step.depends_on}
         prompts = distributed.run_on_main(lambda step=step, earlier=earlier: _prompts(step, examples, earlier))
         predict = partial(_predictor(plan.model, step, seed, precision).predict, prompts, per_device_batch_size)
@@ -142,77 +138,58 @@ def predict(
             # What the outputs are a function of; the prompt function counts by the prompts that it makes.
             fields = {name: value for name, value in vars(step).items() if name not in ("prompt_fn", "metric_fn")}
             key = {"stage": "step", "model": model_hash, "seed": seed, "precision": precision}
-            key |= {"prompts": json_checksum(prompts), "step": identity(fields)}
+            key |= {"prompts": json_checksum(prompts), "step": {k: json_checksum(v) for k, v in fields.items()}}
             path, partial_path = (Path(folder) / f"{step.name}{suffix}" for suffix in (".json", ".partial.jsonl"))
             outputs[step.name] = cached_json(path, key, partial(predict, step.name, partial_path, key))
             distributed.run_on_main(partial(partial_path.unlink, missing_ok=True))
-        if seconds is not None:
-            seconds[step.name] = time.perf_counter() - start
     return outputs
 
 
 def evaluate(
-    plan: Plan, examples: Sequence[Any], *, metric_key_prefix: str = "test", **options: Any
+    plan: Plan, examples: Sequence[Any], outputs: Outputs | None = None, metric_key_prefix: str = "test", **options: Any
 ) -> dict[str, float]:
-    """Lead examples through a plan and measure the steps that have a ``metric_fn``.
+    """Measure the steps of a plan that have a ``metric_fn``.
 
     Args:
         plan: the steps.
         examples: N, with what the metrics compare with.
+        outputs: what ``predict`` gave for them; without it the examples are led through the plan first.
         metric_key_prefix: what the metrics' names begin with.
         options: see ``predict``.
 
     Returns:
-        The metrics, each named ``<metric_key_prefix>-<step>_<metric>``, computed on the main process.
+        The metrics, each named ``<metric_key_prefix>-<step>_<metric>``, computed on the main process; none of no
+        examples.
     """
-    return measure(plan, examples, predict(plan, examples, **options), metric_key_prefix)
+    found = predict(plan, examples, **options) if outputs is None else outputs
+    steps = {step.name: step.metric_fn for step in plan.steps if step.metric_fn and len(examples)}
+    metrics = distributed.run_on_main(lambda: {name: metric(found[name], examples) for name, metric in steps.items()})
+    return {f"{metric_key_prefix}-{name}_{k}": value for name, own in metrics.items() for k, value in own.items()}
 
 
-def measure(plan: Plan, examples: Sequence[Any], outputs: Outputs, metric_key_prefix: str = "test") -> dict[str, float]:
-    """The metrics of outputs that ``predict`` gave, none of no examples; see ``evaluate``."""
-
-    def metrics() -> dict[str, float]:
-        return {
-            f"{metric_key_prefix}-{step.name}_{metric}": value
-            for step in plan.steps
-            if step.metric_fn is not None
-            for metric, value in step.metric_fn(outputs[step.name], examples).items()
-        }
-
-    return distributed.run_on_main(metrics) if len(examples) else {}
-
-
-def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[Any]:
-    """A step's prompts, checked: the only place where its prompt function is called."""
+def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[np.ndarray]:
+    """A step's N prompts, (T,) each, checked: the only place where its prompt function is called."""
     prompts = list(step.prompt_fn(examples, earlier))
     if len(prompts) != len(examples):
         raise ValueError(f"step {step.name!r} made {len(prompts)} prompts for {len(examples)} examples")
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
-        raise ValueError(
-            f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; make them of one length"
-        )
-    return prompts
+        raise ValueError(f"step {step.name!r} made prompts of {lengths[0]} to {lengths[-1]} tokens; use one length")
+    return list(np.array(prompts, dtype=np.int64))
 
 
 def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
+    own = {"prefixes": step.prefix, "logits_processors": step.logits_processors}
+
     def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[Any]:
+        seeds = {"seed": sample_seeds.seed, "row_numbers": sample_seeds.indices}
         with autocast(precision, model.device):
-            tokens = model.generate(
-                prompts,
-                step.max_new_tokens,
-                prefixes=step.prefix,
-                logits_processors=step.logits_processors,
-                seed=sample_seeds.seed,
-                row_numbers=sample_seeds.indices,
-                **step.options,
-            )
+            tokens = model.generate(prompts, step.max_new_tokens, **own, **seeds, **step.options)
         return [(step.output_fn or list)(row) for row in tokens[:, prompts.shape[1] :].tolist()]
 
-    def collate(prompts: list[Any]) -> Tensor:
-        return torch.from_numpy(np.array(prompts, dtype=np.int64))
-
-    return Predictor(collate, generate, model=model, seed=derived_seed(seed, step.name))
+    return Predictor(
+        lambda rows: torch.from_numpy(np.stack(rows)), generate, model=model, seed=derived_seed(seed, step.name)
+    )
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans
@@ -264,29 +241,25 @@ def plan_from_composition(
         model: a GPT.
         prefixes: by task name.
         length, num_digits, prefix_padding: as in ``mingpt.datasets.CustomDataset``.
-        is_constrained: force each step's output into what is known of it, see ``known_constraints``.
+        is_constrained: force each step's output into what is known of it whatever the input, a language that anyone
+            could name. A sorted row is a permutation of the step's input. Any other output has its values in the range
+            that ``Task.output_values`` gives, for the argument and for the rest.
 
     Raises:
         ValueError: if one of the tasks has no prefix.
     """
-    known_prefixes = ", ".join(prefixes) or "none"
-    for each in task.tasks:
-        if str(each) not in prefixes:
-            raise ValueError(f"no prefix for {each}, a step of {task}; there is one for {known_prefixes}")
-    known = known_constraints(task, length, num_digits, model.config.vocab_size) if is_constrained else None
+    known = ", ".join(prefixes) or "none"
     steps: list[Step] = []
-    for place, each in enumerate(task.tasks):
-        steps.append(
-            row_step(
-                f"{place + 1}-{each}",
-                prefixes[str(each)],
-                length,
-                prefix_padding,
-                steps[-1].name if steps else None,
-                logits_processors=known[place] if known else (),
-                metric_fn=partial(_accuracy, CompositeTask(*task.tasks[: place + 1])),
-            )
-        )
+    values = task.input_values(num_digits)
+    for number, each in enumerate(task.tasks, start=1):
+        if str(each) not in prefixes:
+            raise ValueError(f"no prefix for {each}, a step of {task}; there is one for {known}")
+        values = each.output_values(values, length)
+        fields: dict[str, Any] = {"metric_fn": partial(_accuracy, CompositeTask(*task.tasks[:number]))}
+        if is_constrained:
+            fields["logits_processors"] = (_constraint(each, values, length, model.config.vocab_size),)
+        before = steps[-1].name if steps else None
+        steps.append(row_step(f"{number}-{each}", prefixes[str(each)], length, prefix_padding, before, **fields))
     return Plan(model, steps)
 
 
@@ -294,25 +267,9 @@ def _accuracy(task: Task, outputs: list[Any], examples: Sequence[Any]) -> dict[s
     return {"accuracy": Score.of(np.array(outputs), task(np.array(examples))).accuracy}
 
 
-def known_constraints(task: Task, length: int, num_digits: int, vocab_size: int) -> list[tuple[LogitsProcessor, ...]]:
-    """For each task of a composition, what its output must be whatever the input: a language that anyone could name.
-
-    A sorted row is a permutation of the step's input. Any other output has its values in the range that
-    ``Task.output_values`` gives, for the argument and for the rest.
-
-    Args:
-        task: a composition.
-        length: L.
-        num_digits: the largest value of an input row.
-        vocab_size: V.
-    """
-    found: list[tuple[LogitsProcessor, ...]] = []
-    values = task.input_values(num_digits)
-    for each in task.tasks:
-        values = each.output_values(values, length)
-        if isinstance(each, SortAscending | SortDescending):
-            found.append((MultisetConstraint(),))
-        else:
-            first, rest = (f"[{part.low}-{part.high}]" for part in values)
-            found.append((RegularConstraint(DFA.from_regex(f"{first} {rest}{{{length - 1}}}", vocab_size)),))
-    return found
+def _constraint(task: Task, values: Values, length: int, vocab_size: int) -> Constraint:
+    """What the outputs of a task, with these values, are known to be in."""
+    if isinstance(task, SortAscending | SortDescending):
+        return MultisetConstraint()
+    first, rest = (f"[{part.low}-{part.high}]" for part in values)
+    return RegularConstraint(DFA.from_regex(f"{first} {rest}{{{length - 1}}}", vocab_size))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
 from mingpt.storage.cache import cached_json
-from mingpt.storage.checkpoint import json_checksum, json_lines, write_atomic
+from mingpt.storage.checkpoint import json_checksum, write_atomic
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Predictor:
         if sharding_rules and (model is None or "model" not in names):
             raise ValueError("sharding_rules need the model, and a mesh with a dimension named model to split it over")
         self.mesh, self.model, self.seed = mesh, model, seed
-        self._collate_fn, self._pred_fn, self._output_fn = collate_fn, pred_fn, output_fn or _as_list
-        self._sharding_rules = sharding_rules
+        self._collate_fn, self._pred_fn, self._sharding_rules = collate_fn, pred_fn, sharding_rules
+        self._output_fn = output_fn or (lambda found: found.tolist() if isinstance(found, Tensor) else found)
 
     def predict(
         self,
@@ -132,7 +132,7 @@ class Predictor:
         for batch in tqdm(batches[share::n_shares], title, disable=hidden, unit="batch"):
             predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
             if parts is not None and is_writer:
-                lines = _lines(predicted)
+                lines = json_lines(predicted)
                 with (parts / f"process{distributed.rank()}-{attempt}.jsonl").open("ab") as log:
                     log.write(lines)
                 predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
@@ -143,20 +143,18 @@ class Predictor:
         predictions = [done[index] for index in range(len(examples))]
 
         if path is not None and parts is not None:
-            distributed.run_on_main(lambda: write_atomic(path, _lines(predictions)))
+            distributed.run_on_main(lambda: write_atomic(path, json_lines(predictions)))
             distributed.run_on_main(lambda: shutil.rmtree(parts))
         return predictions
 
     def _set_up(self) -> tuple[int, int, bool]:
         """Split the model where that is asked for. Returns which share is this process's, of how many, and whether it
         is the one to report it."""
-        distributed.init_process_group()
         if self.mesh is None:
             return distributed.rank(), distributed.world_size(), True
         names = self.mesh.mesh_dim_names or ()
         if self._sharding_rules and self.model is not None:
             shard(self.model, self.mesh["model"], self._sharding_rules)
-            self._sharding_rules = None
         share, n_shares = (self.mesh.get_local_rank("data"), self.mesh["data"].size()) if "data" in names else (0, 1)
         return share, n_shares, "model" not in names or self.mesh.get_local_rank("model") == 0
 
@@ -168,10 +166,8 @@ class Predictor:
             batch = tree_map(lambda each: each.to(device) if isinstance(each, Tensor) else each, batch)
         predictions = self._output_fn(self._pred_fn(batch, SampleSeeds(self.seed, tuple(indices))))
         if not isinstance(predictions, list) or len(predictions) != len(indices):
-            given = f"a list of {len(predictions)}" if isinstance(predictions, list) else type(predictions).__name__
-            raise ValueError(
-                f"output_fn must give a list of {len(indices)} predictions for as many examples, got {given}"
-            )
+            got = f"a list of {len(predictions)}" if isinstance(predictions, list) else type(predictions).__name__
+            raise ValueError(f"output_fn must give a list of {len(indices)} predictions, one an example, got {got}")
         return predictions
 
 
@@ -188,14 +184,13 @@ def _collect(parts: Path) -> tuple[dict[int, Any], int]:
     return done, len(files)
 
 
-def _lines(values: Any) -> bytes:
+def json_lines(predictions: Iterable[Any]) -> bytes:
+    """Predictions as JSON, a line each.
+
+    Raises:
+        TypeError: for one that is not JSON.
+    """
     try:
-        return json_lines(values)
+        return "".join(json.dumps(each) + "\n" for each in predictions).encode()
     except TypeError as error:
-        raise TypeError(
-            f"predictions are written as JSON ({error}); give an output_fn that makes JSON values"
-        ) from None
-
-
-def _as_list(predictions: Any) -> Any:
-    return predictions.tolist() if isinstance(predictions, Tensor) else predictions
+        raise TypeError(f"predictions are written as JSON ({error}); give an output_fn that makes JSON") from None

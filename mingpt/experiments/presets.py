@@ -21,15 +21,9 @@ def get_default_config(preset: str = "laptop") -> CfgNode:
     every = presets.pop("every")
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, presets)}; choose one of {', '.join(presets)}")
-    config = CfgNode(
-        preset=preset,
-        seed=0,
-        data=CfgNode(**every["data"]).close(),
-        model=CfgNode(**every["model"]).close(),
-        trainer=Trainer.get_default_config(),
-        prefix=Trainer.get_default_config(),
-        evaluation=CfgNode(**every["evaluation"]).close(),
-    ).close()
+    groups = {name: CfgNode(**settings).close() for name, settings in every.items()}
+    groups |= {"trainer": Trainer.get_default_config(), "prefix": Trainer.get_default_config()}
+    config = CfgNode(preset=preset, seed=0, **groups).close()
     for name, settings in (("every", every), (preset, presets[preset])):
         config.update_from(settings, f"preset {name}")
     return config

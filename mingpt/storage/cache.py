@@ -9,23 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from mingpt.distributed import run_on_main
-from mingpt.storage.checkpoint import (
-    CheckpointError,
-    checksum,
-    first_difference,
-    json_checksum,
-    read_description,
-    verify,
-    write_atomic,
-)
+from mingpt.storage import checkpoint
+from mingpt.storage.checkpoint import CheckpointError, verify
 
 T = TypeVar("T")
 CacheKey = Mapping[str, Any]
@@ -61,7 +50,7 @@ def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any
 
     def write() -> None:
         content = json.dumps({"cache_key": cache_key, "value": compute()}, indent=1)
-        run_on_main(lambda: write_atomic(path, content.encode()))
+        run_on_main(lambda: checkpoint.write_atomic(path, content.encode()))
 
     def load(path: Path) -> tuple[Any, dict[str, Any]]:
         found = read_json(path, "cache_key", "value")
@@ -79,35 +68,12 @@ def beside(path: Path, cache_key: CacheKey) -> Path:
     def choose() -> Path:
         if not path.exists():
             return path
-        found = (read_json(path) if path.suffix == ".json" else read_description(path)).get("cache_key")
-        if not first_difference(found or {}, json.loads(json.dumps(cache_key)), ""):
+        found = (read_json(path) if path.suffix == ".json" else checkpoint.read_description(path)).get("cache_key")
+        if not checkpoint.first_difference(found or {}, json.loads(json.dumps(cache_key)), ""):
             return path
-        return path.with_name(f"{path.stem}-{json_checksum(cache_key)[:8]}{path.suffix}")
+        return path.with_name(f"{path.stem}-{checkpoint.json_checksum(cache_key)[:8]}{path.suffix}")
 
     return run_on_main(choose)
-
-
-def identity(value: Any) -> Any:
-    """Say in JSON what an object is, for a cache key: the same in every process, another where a field differs.
-
-    Tensors count by their bytes, functions by their code and what it closes over, other objects by their type and
-    fields.
-    """
-    if isinstance(value, Tensor):
-        return checksum({"tensor": value})
-    if isinstance(value, Mapping):
-        return {str(key): identity(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [identity(each) for each in value]
-    if isinstance(value, partial):
-        return identity([value.func, value.args, value.keywords])
-    if isinstance(value, FunctionType):
-        constants = [each for each in value.__code__.co_consts if not isinstance(each, CodeType)]
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return identity([value.__qualname__, value.__code__.co_code.hex(), constants, value.__defaults__, cells])
-    if isinstance(value, str | int | float | None):
-        return value
-    return [type(value).__qualname__, identity(vars(value)) if hasattr(value, "__dict__") else repr(value)]
 
 
 def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
@@ -118,10 +84,8 @@ def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text())
+        if not (isinstance(found, dict) and found.keys() >= set(fields)):
+            raise ValueError(f"expecting an object with the fields ({', '.join(fields)})")
     except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not JSON ({error}); delete it to make it anew") from None
-    if not (isinstance(found, dict) and found.keys() >= set(fields)):
-        raise CheckpointError(
-            f"{path}: damaged, not a JSON object with the fields ({', '.join(fields)}); delete it to make it anew"
-        )
+        raise CheckpointError(f"{path}: damaged, not the right JSON ({error}); delete it to make it anew") from None
     return found

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -41,23 +43,13 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # there only where that failed
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def json_lines(values: Iterable[Any]) -> bytes:
-    """JSON values, a line each.
-
-    Raises:
-        TypeError: for one that is not JSON.
-    """
-    return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
@@ -202,9 +194,30 @@ def checksum(tensors: Mapping[str, Tensor], header: Any = None) -> str:
 
 
 def json_checksum(value: Any) -> str:
-    """SHA-256 of a JSON value, in which arrays and tensors count as lists and other objects as their ``repr``."""
-    text = json.dumps(value, default=lambda each: each.tolist() if hasattr(each, "tolist") else repr(each))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """SHA-256 of a JSON value, or of nearly any other: the same in every process, another where a field differs.
+
+    Arrays and tensors count as lists, functions by their code and what it closes over, other objects by their type and
+    fields.
+    """
+    return hashlib.sha256(json.dumps(value, default=_as_json).encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """What ``json_checksum`` takes for a value that is no JSON; what is in it may be no JSON either."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__qualname__, value.__code__, value.__defaults__, cells]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, value.co_consts]
+    return [type(value).__qualname__, vars(value) if hasattr(value, "__dict__") else repr(value)]
 
 
 def weights_hash(model: torch.nn.Module) -> str:

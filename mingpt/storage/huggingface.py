@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mingpt.lora import LoRA
 from mingpt.model import GPT, TRANSPOSED
 from mingpt.prefix import Prefix, as_key_value
-
-_LAYERS, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a LoRA's matrices
+from mingpt.storage.checkpoint import load_weights
 
 
 def to_huggingface(model: GPT) -> Any:
@@ -29,17 +28,10 @@ def to_huggingface(model: GPT) -> Any:
     if config.skip_layer_norm:
         raise ValueError("skip_layer_norm = True is no GPT-2; only models with all LayerNorms can be exported")
     names = ("n_layer", "n_head", "n_embd", "vocab_size", "embd_pdrop", "resid_pdrop", "attn_pdrop")
-    other: Any = GPT2LMHeadModel(
-        GPT2Config(
-            **{name: getattr(config, name) for name in names},
-            n_positions=config.block_size,
-            activation_function="gelu" if config.gelu_approximate == "none" else "gelu_new",
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
+    options = {name: getattr(config, name) for name in names} | {"n_positions": config.block_size}
+    options |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # there are no such tokens
+    gelu = "gelu" if config.gelu_approximate == "none" else "gelu_new"
+    other: Any = GPT2LMHeadModel(GPT2Config(**options, activation_function=gelu, tie_word_embeddings=False))
     weights = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in model.state_dict().items()}
     other.load_state_dict(weights)
     return other.to(model.device).train(model.training)
@@ -61,19 +53,13 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
     import peft
     from safetensors.torch import save_file
 
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        rank = adapter.a[0].shape[0]
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=rank,
-            lora_alpha=adapter.scale * rank,  # pyright: ignore[reportArgumentType] (it is only ever multiplied)
-            target_modules=list(adapter.names),
-            fan_in_fan_out=True,
-            inference_mode=True,
-        )
-        weights: dict[str, Tensor] = {}
-        for name, a, b in zip(adapter.names, adapter.a, adapter.b, strict=True):
-            weights |= {f"{_LAYERS}{name}{_A}": a.data, f"{_LAYERS}{name}{_B}": b.data}
+        rank, names = len(adapter.a[0]), list(adapter.names)
+        common["lora_alpha"] = adapter.scale * rank
+        config = peft.LoraConfig(r=rank, target_modules=names, fan_in_fan_out=True, **common)
+        own = adapter.state_dict()
+        weights = {theirs: own[name] for name, theirs in _peft_names(adapter).items()}
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
@@ -81,14 +67,9 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
                 "content comes after all positions, so it cannot be exported"
             )
         values = as_key_value(model, adapter)
-        config = peft.PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=values.shape[2],
-            num_layers=model.config.n_layer,
-            num_attention_heads=model.config.n_head,
-            token_dim=model.config.n_embd,
-            inference_mode=True,
-        )
+        n_layer, _, n_positions, n_embd = values.shape
+        common |= {"num_layers": n_layer, "num_attention_heads": model.config.n_head, "token_dim": n_embd}
+        config = peft.PrefixTuningConfig(num_virtual_tokens=n_positions, **common)
         weights = {"prompt_embeddings": values.detach().permute(2, 0, 1, 3).flatten(1)}  # (P, L * 2 * C)
     config.save_pretrained(str(folder))
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
@@ -118,15 +99,17 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
         values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
         return Prefix("key_value", values[None].contiguous().to(model.device))
     if config.peft_type == peft.PeftType.LORA:
-        names = [name.removeprefix(_LAYERS).removesuffix(_A) for name in weights if name.endswith(_A)]
-        is_linear = set(names) <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights}
+        is_linear = names <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
-            raise ValueError(
-                f"{folder}: only plain LoRA of a GPT's linear layers is supported, with one rank and alpha"
-            )
-        lora = LoRA(model, config.r, names, config.lora_alpha)
-        for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
-            a.data.copy_(weights[f"{_LAYERS}{name}{_A}"])
-            b.data.copy_(weights[f"{_LAYERS}{name}{_B}"])
+            raise ValueError(f"{folder}: only a plain LoRA of linear layers is supported, with one rank and alpha")
+        lora = LoRA(model, config.r, sorted(names), config.lora_alpha)
+        load_weights(lora, {name: weights[theirs] for name, theirs in _peft_names(lora).items()}, folder)
         return lora
     raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
+
+
+def _peft_names(lora: LoRA) -> dict[str, str]:
+    """What PEFT calls a LoRA's matrices, by their names in its ``state_dict``."""
+    layers = [f"base_model.model.{name}.lora" for name in lora.names]
+    return {f"{own}.{n}": f"{layer}_{own.upper()}.weight" for n, layer in enumerate(layers) for own in "ab"}

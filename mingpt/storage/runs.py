@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mingpt.storage.cache import read_json
 from mingpt.storage.checkpoint import read_description
@@ -36,12 +36,22 @@ class RunStatus(NamedTuple):
 
 def run_status(run: str | Path) -> RunStatus:
     """Look at a run's folder. Of a checkpoint only the header is read."""
-    run, config = Path(run), {}
+    run, config, training = Path(run), {}, {}
     with contextlib.suppress(OSError, ValueError):
         config = read_json(run / "config.json")
+    with contextlib.suppress(OSError, ValueError):
+        training = read_description(run / "pretraining" / "state.safetensors").get("state", {})
+    n_prefixes = len(list(run.glob("prefixes/*.safetensors")))
+    if (run / "results.json").exists():
+        state = "done"
+    elif (run / "model.safetensors").exists():
+        state = f"{n_prefixes} prefix{'es' * (n_prefixes > 1)}" if n_prefixes else "pretrained"
+    else:
+        n_done, n_all = training.get("iter_num", 0), config.get("trainer", {}).get("max_iters", "?")
+        state = f"pretraining {n_done}/{n_all} iterations" if training or config else "empty"
     times = [path.stat().st_mtime for path in run.rglob("[!.]*") if path.is_file()]  # one with a dot is being written
     changed = datetime.fromtimestamp(max(times, default=0.0))
-    return RunStatus(run, _state(run, config), config.get("preset"), config.get("seed"), changed)
+    return RunStatus(run, state, config.get("preset"), config.get("seed"), changed)
 
 
 def list_runs(folders: Iterable[str | Path] = FOLDERS) -> list[RunStatus]:
@@ -55,17 +65,3 @@ def default_run() -> Path | None:
     stored = FOLDERS[1] / "laptop"
     newest = [run.path for run in list_runs(FOLDERS[:1]) if run.state != "empty"]
     return next(iter(newest), stored if stored.is_dir() else None)
-
-
-def _state(run: Path, config: dict[str, Any]) -> str:
-    if (run / "results.json").exists():
-        return "done"
-    if (run / "model.safetensors").exists():
-        n = len(list(run.glob("prefixes/*.safetensors")))
-        return f"{n} prefix{'es' * (n > 1)}" if n else "pretrained"
-    state: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        state = read_description(run / "pretraining" / "state.safetensors").get("state", {})
-    if not (state or config):
-        return "empty"
-    return f"pretraining {state.get('iter_num', 0)}/{config.get('trainer', {}).get('max_iters', '?')} iterations"

@@ -11,7 +11,7 @@ from mingpt.datasets import CustomDataset
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import RegularConstraint
 from mingpt.experiments import multistep
-from mingpt.experiments.multistep import Plan, Step, known_constraints, plan_from_composition
+from mingpt.experiments.multistep import Plan, Step, plan_from_composition
 from mingpt.storage.checkpoint import CheckpointError
 from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Add1, SortAscending, Task
 
@@ -191,7 +191,7 @@ def test_a_chain_of_right_steps_solves_the_composition(task):
     assert [each.name for each in plan.steps] == [f"{i}-{simple}" for i, simple in enumerate(task.tasks, start=1)]
     outputs = multistep.predict(plan, inputs.tolist(), 20)
     assert outputs[plan.steps[-1].name] == solutions.tolist()
-    assert multistep.measure(plan, inputs.tolist(), outputs) == {
+    assert multistep.evaluate(plan, inputs.tolist(), outputs) == {
         f"test-{each.name}_accuracy": 1.0 for each in plan.steps
     }
 
@@ -215,17 +215,18 @@ def test_constraints_leave_every_solution_possible(name):
     """The probability that they leave to the right answer is one: whatever the input, it is in the language."""
     task = Task.parse(name)
     inputs, _ = CustomDataset("train", [task], length=6).rows(range(200))
-    known = known_constraints(task, 6, 10, 13)
-    assert len(known) == len(task.tasks)
     model = random_model()
-    for simple, constraints in zip(task.tasks, known, strict=True):
+    prefixes = dict.fromkeys(map(str, task.tasks))
+    plan = plan_from_composition(task, model, prefixes, 6, 10, 0, is_constrained=True)
+    for simple, each in zip(task.tasks, plan.steps, strict=True):
+        assert each.logits_processors
         outputs = simple(inputs)
 
         def solution(tokens, logits, outputs=outputs):
             wanted = torch.from_numpy(outputs)[:, tokens.shape[1] - 6]
             return torch.nn.functional.one_hot(wanted, 13).float()
 
-        generated = model.generate(torch.from_numpy(inputs), 6, logits_processors=[solution, *constraints])
+        generated = model.generate(torch.from_numpy(inputs), 6, logits_processors=[solution, *each.logits_processors])
         assert np.array_equal(generated[:, 6:].numpy(), outputs)
         inputs = outputs
 

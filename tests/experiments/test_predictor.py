@@ -70,7 +70,7 @@ def test_each_example_has_its_own_draws():
     [
         (
             {"output_fn": lambda batch: batch.tolist()[1:]},
-            "list of 3 predictions for as many examples, got a list of 2",
+            "list of 3 predictions, one an example, got a list of 2",
         ),
         ({"output_fn": lambda batch: batch}, "got Tensor"),
     ],
