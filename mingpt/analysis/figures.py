@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -293,6 +293,28 @@ def accuracy_curves(
     return figure
 
 
+def validation_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str = "") -> Figure:
+    """Draw how accuracy grows while prefixes are trained: a panel for each task, a line for each kind of prefix.
+
+    Args:
+        panels: by task and by kind, pairs of iteration and accuracy, 0 to 1.
+        title: above the figure.
+    """
+    import seaborn as sns
+
+    figure = _new_figure(2.5 * len(panels) + 1.0, 2.8, title)
+    for ax, (task, curves) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for (kind, curve), color in zip(curves.items(), sns.color_palette("colorblind"), strict=False):
+            ax.plot([x for x, _ in curve], [100 * y for _, y in curve], color=color, linewidth=1.3, label=kind)
+        ax.set(xlabel="iteration", ylim=(-3, 103), title=task)
+        _tidy(ax, "both")
+    figure.axes[0].set_ylabel("accuracy in percent", fontsize=9)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _percent_and_errors(scores: Iterable[Score]) -> tuple[np.ndarray, np.ndarray]:
     """Accuracies in percent, (N,), and how far their 95% intervals reach below and above, (2, N)."""
     accuracy, low, high = 100 * np.array([(score.accuracy, *score.confidence_interval) for score in scores]).T
@@ -302,7 +324,7 @@ def _percent_and_errors(scores: Iterable[Score]) -> tuple[np.ndarray, np.ndarray
 # ------------------------------------------------------------------------------------------ training and analysis
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file such as the Trainer's ``metrics_path``.
 
     Raises:

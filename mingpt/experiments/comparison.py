@@ -84,7 +84,7 @@ def compare(
     full fine-tuning has all weights, a soft prompt no more positions than the run has placeholders for a prefix.
 
     Args:
-        config: of the run; ``prefix`` is the budget of every method, but for its learning rate and ``converged_loss``.
+        config: of the run; ``prefix`` is the budget of every method, but for its learning rate, which decays all the way.
         run: the folder, whose model and prefixes are read, or made first. Each result is kept in its folder
             ``comparison/<method>``, and is not computed again.
         tasks: K of them.
@@ -114,7 +114,9 @@ def compare(
 def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name: str, size: int) -> list[dict]:
     """What one method comes to on each task, a row each: read where it is there, and fitted where it is not."""
     method, budget = METHODS[name], config.copy()
-    budget.prefix.merge_from_dict({"converged_loss": 0.0, "learning_rate": method.learning_rate})
+    budget.prefix.merge_from_dict(
+        {"validate_every": None, "decay_fraction": 1.0, "learning_rate": method.learning_rate}
+    )
     budget.trainer = budget.prefix
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):

@@ -157,10 +157,11 @@ def train_prefixes(
     tasks: Sequence[Task],
     run: str | Path,
     name: str = "prefixes",
-    kind: str = "activation",
+    kind: str = "key_value",
     n_positions: int | None = None,
-    init: Init = "padding",
+    init: Init | None = None,
     is_reparametrized: bool = False,
+    metrics: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Prefix], float]:
     """Train a prefix for each task, those that are missing at once, or read them where that is done.
 
@@ -172,19 +173,20 @@ def train_prefixes(
         name: of the folder in it, which has a file for each task.
         kind: of prefix, see ``mingpt.prefix.Prefix``.
         n_positions: of each prefix, ``data.prefix_size`` by default; the placeholders beyond keep their padding.
-        init: see ``Init``.
+        init: see ``Init``; "random" by default for key_value prefixes, "padding" for the others.
         is_reparametrized: trains key_value prefixes through ``mingpt.prefix.Reparametrization``.
+        metrics: a dictionary that receives for each task n_iters, after how many iterations its prefix ended (below
+            ``prefix.max_iters``: at its plateau, see ``PrefixTrainer``), training, the folder's name, loss and seconds.
 
     Returns:
         The prefixes by task, and how many seconds the training took.
     """
     folder, model_hash = Path(run) / name, weights_hash(model)
+    init = ("random" if kind == "key_value" else "padding") if init is None else init
     data = {str(task): dataset(config, "train", [task]) for task in tasks}
     size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
     inits = list(init) if isinstance(init, Tensor) and init.ndim > len(AXES[kind]) else [init] * len(data)
     shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": model_hash}
-    # Where a converged prefix gives its rows to the others, each depends on which were trained with it.
-    shared["trained_with"] = list(data) if config.prefix.converged_loss else None
     keys = {
         task: _cache_key("prefix", config, config.prefix, data[task])
         | shared
@@ -192,9 +194,8 @@ def train_prefixes(
         for task, own in zip(data, inits, strict=True)
     }
     paths = {task: beside(folder / f"{task}.safetensors", key) for task, key in keys.items()}
-    missing = run_on_main(lambda: [task for task in keys if not paths[task].exists()])
-    if missing:
-        own_keys = keys if config.prefix.converged_loss else {task: keys[task] for task in missing}
+    own_keys = run_on_main(lambda: {task: key for task, key in keys.items() if not paths[task].exists()})
+    if own_keys:
         training = folder / f"training-{json_checksum(own_keys)[:8]}"
         set_seed(config.seed + 1)
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
@@ -204,17 +205,21 @@ def train_prefixes(
         own_data = [data[task] for task in own_keys]
         trainer = PrefixTrainer(_trainer_config(config.prefix, training), model, own_data, trained)
 
-        def save(**about: Any) -> None:
+        def save(metrics: dict[str, float]) -> None:
             final = (trained() if isinstance(trained, Reparametrization) else trained.values).detach()
-            for (task, key), value in zip(own_keys.items(), final, strict=True):
-                about |= {"task": task, "training": training.name, "cache_key": key}
-                save_prefix(paths[task], Prefix(kind, value[None]), model, **about)
+            for (task, key), value, n_iters in zip(own_keys.items(), final, trainer.n_iters.tolist(), strict=True):
+                own = metrics | {"n_iters": n_iters, "training": training.name}
+                save_prefix(paths[task], Prefix(kind, value[None]), model, task=task, metrics=own, cache_key=key)
 
         _train(trainer, {"prefixes": own_keys}, save)
     load = partial(load_prefix, model=model, model_hash=model_hash)
     found = {task: cached(paths[task], key, lambda: None, load) for task, key in keys.items()}
-    # The prefixes of one training share its time.
-    seconds = {description["training"]: description["metrics"]["seconds"] for _, description in found.values()}
+    own_metrics = {task: description["metrics"] for task, (_, description) in found.items()}
+    if metrics is not None:
+        metrics |= own_metrics
+    seconds = {
+        each["training"]: each["seconds"] for each in own_metrics.values()
+    }  # a training's prefixes share its time
     return {task: prefix for task, (prefix, _) in found.items()}, sum(seconds.values())
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from mingpt import distributed
-from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, score_table
-from mingpt.experiments import multistep
+from mingpt.analysis.figures import read_metrics
+from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, predict
 from mingpt.experiments.pipeline import dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
@@ -37,6 +37,9 @@ logger = logging.getLogger("mingpt")
 
 EVERY_TASK = (*PRETRAINING_TASKS, *TEST_TASKS)
 """The sixteen tasks of the experiment."""
+
+KINDS = {"activation": "activation_prefixes", "key_value": "prefixes"}
+"""The kinds of prefix in the table, the seed notebook's first, and the folder in a run that each has."""
 
 MIXED = "all seven mixed"
 
@@ -65,8 +68,10 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
 
     Returns:
         config, seconds, bayes_loss (see ``mingpt.evaluation``), mixed (the score without a prefix on the seven tasks
-        mixed), tasks (for each its group, and its scores with and without its prefix, and as a chain of prefixes, None
-        where it is no composition or a part of it has no prefix), and matrix (accuracies by prefix and task).
+        mixed), tasks (for each its group, its scores without a prefix, with its prefix of each kind, and as a chain of
+        key_value prefixes, None where it is no composition or a part of it has no prefix), matrix (accuracies by
+        key_value prefix and task), n_iters (by kind and task, after how many iterations a prefix ended: below
+        prefix.max_iters at its plateau) and curves (by kind and task, pairs of iteration and validation accuracy).
 
     Raises:
         CheckpointError: if the folder's model is of another configuration.
@@ -76,11 +81,20 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
     if config.prefix.parallel == "fsdp":
         raise ValueError("prefix.parallel = 'fsdp' leaves the model split, and it is evaluated as one; use ddp")
     model, pretraining_seconds = pretrain(config, run, later_tasks=tasks)
-    prefixes, prefix_seconds = train_prefixes(config, model, tasks, run)
+    seconds: dict[str, float] = {"pretraining": pretraining_seconds}
+    prefixes: dict[str, dict[str, Prefix]] = {}
+    metrics: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+    for kind, name in KINDS.items():
+        prefixes[kind], seconds[f"{kind} prefixes"] = train_prefixes(
+            config, model, tasks, run, name, kind, metrics=metrics[kind]
+        )
     key = {
         "stage": "reproduce",
         "model": weights_hash(model),
-        "prefixes": {name: checksum({"values": prefix.values}) for name, prefix in prefixes.items()},
+        "prefixes": {
+            kind: {name: checksum({"values": prefix.values}) for name, prefix in own.items()}
+            for kind, own in prefixes.items()
+        },
         "data": dataset(config, "test", tasks).describe(),
         "evaluation": config.evaluation.to_dict(),
     }
@@ -88,107 +102,154 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
     is_done = distributed.run_on_main(path.exists)
 
     def compute() -> dict[str, Any]:
-        logger.info("evaluating %d prefixes and none on %d tasks", len(prefixes), len(tasks))
+        logger.info("evaluating %d prefixes of each kind and none on %d tasks", len(tasks), len(tasks))
         start = time.perf_counter()
         scores = evaluate_run(config, model, prefixes, tasks)
-        seconds = {"pretraining": pretraining_seconds, "prefixes": prefix_seconds}
         seconds["evaluation"] = time.perf_counter() - start
         floor = bayes_loss(dataset(config, "test", PRETRAINING_TASKS))
-        return {"config": config.to_dict(), "seconds": seconds, "bayes_loss": floor} | scores
+        found = {"config": config.to_dict(), "seconds": seconds, "bayes_loss": floor} | scores
+        n_iters = {kind: {task: each["n_iters"] for task, each in own.items()} for kind, own in metrics.items()}
+        curves = {kind: _validation_curves(run / name, metrics[kind]) for kind, name in KINDS.items()}
+        return found | {"n_iters": n_iters, "curves": curves}
 
     results = cached_json(path, key, compute)
     if not is_done:
-        distributed.run_on_main(lambda: draw_figures(config, run, model, prefixes, results))
+        distributed.run_on_main(lambda: draw_figures(config, run, model, prefixes["key_value"], results))
     return results
 
 
-def evaluate_run(config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]) -> dict[str, Any]:
+def _validation_curves(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """The validation accuracies of each task's prefix, by task, from the metrics of its training."""
+    curves: dict[str, list[tuple[int, float]]] = {task: [] for task in metrics}
+    for training in {each["training"] for each in metrics.values()}:
+        for line in read_metrics(folder / training / "metrics.jsonl"):
+            for task, accuracy in line.get("accuracies", {}).items():
+                if task in curves and metrics[task]["training"] == training:
+                    curves[task].append((line["iter"], accuracy))
+    return curves
+
+
+def evaluate_run(
+    config: CfgNode, model: GPT, prefixes: Mapping[str, Mapping[str, Prefix]], tasks: Sequence[Task]
+) -> dict[str, Any]:
     """Score the model with and without prefixes, and with chains of them.
 
     Args:
         config: ``evaluation.n_rows`` rows for a score, ``evaluation.n_matrix_rows`` for a cell of the matrix.
         model: of the run.
-        prefixes: by task name.
-        tasks: each with a prefix.
+        prefixes: by kind and task name.
+        tasks: each with a prefix of each kind.
 
     Returns:
         mixed, tasks and matrix, see ``reproduce``, as JSON values.
     """
     n_rows, n_matrix_rows = config.evaluation.n_rows, config.evaluation.n_matrix_rows
     datasets = {str(task): dataset(config, "test", [task]) for task in tasks}
-    mixed = dataset(config, "test", PRETRAINING_TASKS)
+    mixed, best = dataset(config, "test", PRETRAINING_TASKS), prefixes["key_value"]
     score = partial(evaluate, model, n_rows=n_rows, precision=config.evaluation.precision)
     row = partial(accuracy_matrix, model, datasets=list(datasets.values()), precision=config.evaluation.precision)
     jobs: dict[Any, Callable[[], Any]] = {
         "mixed": partial(score, mixed),
         "without": partial(row, {"none": None}, n_rows=n_rows),
-        **{("with", name): partial(score, data, prefixes[name]) for name, data in datasets.items()},
-        **{("row", k): partial(row, {k: v}, n_rows=n_matrix_rows) for k, v in {"none": None, **prefixes}.items()},
+        "chains": partial(evaluate_chains, config, model, best, tasks),
+        **{
+            (kind, name): partial(score, data, prefixes[kind][name])
+            for kind in KINDS
+            for name, data in datasets.items()
+        },
+        **{("row", k): partial(row, {k: v}, n_rows=n_matrix_rows) for k, v in {"none": None, **best}.items()},
     }
     done: dict[Any, Any] = distributed.map_over_ranks(jobs)
-    found = {}
-    for task in tasks:
-        has_chain = len(task.tasks) > 1 and all(str(simple) in prefixes for simple in task.tasks)
-        found[str(task)] = {
-            "group": group_of(task),
-            "without": done["without"].loc["none", str(task)].to_dict(),
-            "with": done["with", str(task)].to_dict(),
-            "chain": evaluate_chain(config, model, prefixes, task).to_dict() if has_chain else None,
-        }
-    cells = [done["row", name].map(lambda score: score.accuracy) for name in ("none", *prefixes)]
+    found = {
+        name: {"group": group_of(task), "without": done["without"].loc["none", name].to_dict()}
+        | {kind: done[kind, name].to_dict() for kind in KINDS}
+        | {"chain": done["chains"][name].to_dict() if name in done["chains"] else None}
+        for name, task in zip(datasets, tasks, strict=True)
+    }
+    cells = [done["row", name].map(lambda score: score.accuracy) for name in ("none", *best)]
     matrix = {name: values for each in cells for name, values in each.to_dict("index").items()}
     return {"mixed": done["mixed"].to_dict(), "tasks": found, "matrix": matrix}
 
 
-def evaluate_chain(config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], task: Task) -> Score:
-    """Score a composition as a chain of its tasks, each with its own prefix, over the rows of ``evaluate_run``."""
-    data = dataset(config, "test", [task])
-    inputs, solutions = data.rows(range(config.evaluation.n_rows))
-    plan = multistep.plan_from_composition(task, model, prefixes, data.length, data.num_digits, data.prefix_padding)
-    outputs = multistep.predict(plan, inputs.tolist(), precision=config.evaluation.precision)
-    return Score.of(np.array(outputs[plan.steps[-1].name]), solutions, inputs)
+def evaluate_chains(
+    config: CfgNode, model: GPT, prefixes: Mapping[str, Prefix], tasks: Sequence[Task]
+) -> dict[str, Score]:
+    """Score compositions as chains of their tasks, each with its own prefix, over the rows of ``evaluate_run``.
+
+    Args:
+        config: ``evaluation`` says over how many rows.
+        model: of the run.
+        prefixes: by task name.
+        tasks: of these, the compositions whose tasks all have a prefix are scored.
+
+    Returns:
+        The scores by task name. Steps that several chains begin with are done once.
+    """
+    scores: dict[str, Score] = {}
+    outputs: dict[tuple[Any, ...], np.ndarray] = {}  # by the steps so far and the input rows
+    for task in tasks:
+        *steps, last = map(str, task.tasks)
+        if not steps or not prefixes.keys() >= {*steps, last}:
+            continue
+        data = dataset(config, "test", [task])
+        inputs, solutions = data.rows(range(config.evaluation.n_rows))
+        answer = partial(predict, model, prefix_padding=data.prefix_padding, precision=config.evaluation.precision)
+        rows = inputs
+        for n, step in enumerate(steps, start=1):
+            key = (*steps[:n], inputs.tobytes())
+            if key not in outputs:
+                outputs[key] = answer(rows, prefixes=prefixes[step])
+            rows = outputs[key]
+        scores[str(task)] = Score.of(answer(rows, prefixes=prefixes[last], solutions=solutions), solutions, inputs)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------ tables, figures
 
 
-def scores_of(results: Mapping[str, Any], kinds: Sequence[str] = ("with", "without")) -> list[dict[str, Score]]:
-    """The scores in ``results`` by task, of each kind: by default with its prefix, and without one."""
+def scores_of(results: Mapping[str, Any], *names: str) -> list[dict[str, Score]]:
+    """The scores in ``results`` by task, for each of "without", "activation", "key_value" and "chain"."""
     rows = results["tasks"].items()
-    return [{name: Score.from_dict(row[kind]) for name, row in rows if row[kind]} for kind in kinds]
+    return [{task: Score.from_dict(row[name]) for task, row in rows if row[name]} for name in names]
 
 
 def results_table(results: Mapping[str, Any]) -> DataFrame:
     """The results beside the published figures, in percent of the rows solved exactly: a row for each task.
 
-    Columns: group; without and with a prefix, each with what was published; the 95% interval of the latter, over test
-    rows; and the chain's. What does not exist is not a number.
+    Columns: group; without a prefix and what was published; with its prefix of each kind, and what was published, of an
+    activation prefix; as a chain of key_value prefixes. What does not exist is not a number.
     """
     import pandas as pd
 
-    with_prefix, without, chain = scores_of(results, ("with", "without", "chain"))
-    without[MIXED] = Score.from_dict(results["mixed"])
-    table = score_table(with_prefix, PUBLISHED["with"])
+    names = ("without", *KINDS, "chain")
+    found = dict(zip(names, scores_of(results, *names), strict=True))
+    found["without"][MIXED] = Score.from_dict(results["mixed"])
+    percent = {name: {task: 100 * score.accuracy for task, score in own.items()} for name, own in found.items()}
     columns = {
-        "group": pd.Series({name: row["group"] for name, row in results["tasks"].items()}),
-        "without prefix": score_table(without)["accuracy"],
-        "published, without": pd.Series(PUBLISHED["without"]),
-        "with its prefix": table["accuracy"],
-        "low": table["low"],
-        "high": table["high"],
-        "published, with": table["published"],
-        "as a chain": score_table(chain)["accuracy"],
+        "group": {name: row["group"] for name, row in results["tasks"].items()},
+        "without prefix": percent["without"],
+        "published": PUBLISHED["without"],
+        "activation prefix": percent["activation"],
+        "published, with": PUBLISHED["with"],
+        "key_value prefix": percent["key_value"],
+        "as a chain": percent["chain"],
     }
-    return pd.DataFrame(columns, index=list(without))
+    return pd.DataFrame({name: pd.Series(own) for name, own in columns.items()}, index=list(found["without"]))
 
 
 def format_table(results: Mapping[str, Any]) -> str:
     """``results_table`` as text for a terminal, with what the figures are of."""
-    text = results_table(results).fillna({"group": ""}).to_string(float_format="{:.2f}".format, na_rep="-")
+    table, n_iters = results_table(results), results["config"]["prefix"]["max_iters"]
+    for kind, ends in results["n_iters"].items():
+        column = table[f"{kind} prefix"]
+        marks = ["*" if ends.get(task) == n_iters else " " for task in column.index]
+        cells = [f"{value:.2f}{mark}" for value, mark in zip(column, marks, strict=True)]
+        table[f"{kind} prefix"] = [cell.replace("nan", "-") for cell in cells]
+    text = table.fillna({"group": ""}).to_string(float_format="{:.2f}".format, na_rep="-")
     seconds = results["seconds"]
     return (
-        f"{text}\n\npercent of {results['mixed']['n_rows']} test rows whose every output token is right\n"
-        "low, high: the 95% interval over distinct test rows; as a chain: each task in turn, with its own prefix\n"
+        f"{text}\n\npercent of {results['mixed']['n_rows']} test rows whose every output token is right; one seed\n"
+        f"*: not at its plateau after {n_iters} iterations; as a chain: each task in turn, with its own prefix\n"
         + ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         + f", {sum(seconds.values()):.0f} s in all"
     )
@@ -203,7 +264,7 @@ def draw_figures(
         config: of the run.
         run: the folder.
         model: for the attention maps.
-        prefixes: by task name.
+        prefixes: key_value ones by task name.
         results: see ``reproduce``.
     """
     from pandas import DataFrame
@@ -211,7 +272,7 @@ def draw_figures(
     from mingpt.analysis import figures as draw
 
     n_rows, n_matrix_rows = config.evaluation.n_rows, config.evaluation.n_matrix_rows
-    with_prefix, without = scores_of(results)
+    with_prefix, without = scores_of(results, "key_value", "without")
     groups: dict[str, list[str]] = {}
     for name, row in results["tasks"].items():
         groups.setdefault(row["group"], []).append(name)
@@ -220,13 +281,18 @@ def draw_figures(
             DataFrame.from_dict(results["matrix"], "index"), f"Every prefix on every task ({n_matrix_rows} rows)"
         ),
         "prefix_effect": draw.paired_bars(with_prefix, without, groups, title="What a prefix adds"),
-        "positions": draw.position_accuracy_figure(with_prefix, title=f"Where the outputs are right ({n_rows} rows)"),
+        "positions": draw.position_accuracy_figure(with_prefix, title=f"Rows that are right so far ({n_rows} rows)"),
         "pretraining": draw.learning_curves(
             {"pretraining": draw.read_metrics(run / "pretraining" / "metrics.jsonl")},
             title="Pretraining on seven tasks mixed",
             floor=results["bayes_loss"],
         ),
     }
+    slow = sorted(results["tasks"], key=lambda task: results["n_iters"]["key_value"][task], reverse=True)[:4]
+    found["curves"] = draw.validation_curves(
+        {task: {kind: results["curves"][kind][task] for kind in KINDS} for task in slow},
+        "Accuracy on validation rows, tasks that take longest",
+    )
     # What the model looks at while it solves a row, without a prefix and with one.
     name = next(iter(prefixes))
     data = dataset(config, "test", [Task.parse(name)])
