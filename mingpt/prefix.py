@@ -192,11 +192,7 @@ def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
 
 @torch.no_grad()
 def initial_prefix(
-    model: GPT,
-    n_positions: int,
-    init: str | Sequence[int] = "padding",
-    generator: torch.Generator | None = None,
-    kind: str = "activation",
+    model: GPT, n_positions: int, init: str | Sequence[int] = "padding", kind: str = "activation"
 ) -> Tensor:
     """A prefix to start training from. A clone of another prefix, or of an ``average``, is one as well.
 
@@ -207,7 +203,6 @@ def initial_prefix(
             (Li & Liang 2021, section 7.4, start from the activations of real words). "padding" is P zeros, so training
             starts from the model as it is without a prefix. "random" is the standard normal distribution, as in the
             seed notebook.
-        generator: the source of random numbers.
         kind: of prefix, see ``Prefix``.
 
     Returns:
@@ -219,7 +214,7 @@ def initial_prefix(
     config, axes = model.config, _axes_of(kind)
     if init == "random":
         sizes = {"L": config.n_layer, "2": 2, "P": n_positions, "C": config.n_embd}
-        return torch.randn([sizes[axis] for axis in axes], generator=generator).to(model.device).requires_grad_()
+        return torch.randn([sizes[axis] for axis in axes]).to(model.device).requires_grad_()
     if isinstance(init, str) and init != "padding":
         raise ValueError(f"unknown init {init!r}; choose padding or random, or give {n_positions} tokens")
     tokens = [0] * n_positions if isinstance(init, str) else list(init)
@@ -228,15 +223,8 @@ def initial_prefix(
     idx = torch.tensor([tokens], device=model.device)
     if kind == "prompt":
         return model.transformer.wte(idx)[0].requires_grad_()
-    seen: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
-    try:
-        with evaluation_mode(model):
-            model.forward_cached(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    activations = torch.stack(seen)
+    with evaluation_mode(model):
+        activations = torch.stack(model.block_inputs(idx))[:, 0]
     return (as_key_value(model, activations) if kind == "key_value" else activations).requires_grad_()
 
 
@@ -252,28 +240,25 @@ class Reparametrization(nn.Module):
 
     init: Tensor
 
-    def __init__(self, init: Tensor, n_hidden: int | None = None, generator: torch.Generator | None = None):
-        """Make the networks.
+    def __init__(self, init: Tensor):
+        """Make the networks, with hidden layers of C units.
 
         Args:
             init: K key_value prefixes, (K, L, 2, P, C).
-            n_hidden: the width of the hidden layer, C by default.
-            generator: the source of random numbers.
 
         Raises:
             ValueError: if ``init`` has another number of axes.
         """
         super().__init__()
         n_prefixes, n_layer, _, n_positions, n_embd = Prefix("key_value", init).values.shape
-        n_hidden = n_hidden or n_embd
 
         def normal(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator).to(init.device) / shape[-2] ** 0.5)
+            return nn.Parameter(torch.randn(shape).to(init.device) / shape[-2] ** 0.5)
 
         self.register_buffer("init", init.detach().clone())
         self.embedding = normal(n_prefixes, n_positions, n_embd)
-        self.w1, self.b1 = normal(n_prefixes, n_embd, n_hidden), nn.Parameter(init.new_zeros(n_prefixes, 1, n_hidden))
-        self.w2 = nn.Parameter(init.new_zeros(n_prefixes, n_hidden, n_layer * 2 * n_embd))
+        self.w1, self.b1 = normal(n_prefixes, n_embd, n_embd), nn.Parameter(init.new_zeros(n_prefixes, 1, n_embd))
+        self.w2 = nn.Parameter(init.new_zeros(n_prefixes, n_embd, n_layer * 2 * n_embd))
         self.b2 = nn.Parameter(init.new_zeros(n_prefixes, 1, n_layer * 2 * n_embd))
 
     def forward(self) -> Tensor:

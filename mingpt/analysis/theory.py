@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mingpt.analysis.figures import head_heatmap
-from mingpt.model import GPT, Block, causal_mask
+from mingpt.kv_cache import pieces_of
+from mingpt.model import GPT, Block
 from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
@@ -75,16 +76,15 @@ class BiasSubspace:
         return head_heatmap(named | {"prefix positions attended to": self.attention_perplexity}, title)
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """One layer's attention over the same input, with a prefix and without, on the CPU."""
 
     block: Block
+    output: Tensor  # (B, T, C)
     weights: Tensor  # (B, H, T, P + T)
     weights_without: Tensor  # (B, H, T, T)
     prefix_values: Tensor  # (1, H, P, D)
     values: Tensor  # (B, H, T, D)
-    output: Tensor  # (B, T, C)
 
 
 @torch.no_grad()
@@ -156,21 +156,13 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
     kv_cache = model.prefix_cache(prefix)
-    n_prefix, n_placeholders, n_tokens = prefix.n_positions, prefix.n_placeholders, x.shape[1] - prefix.n_placeholders
-    if n_tokens < 1:
-        raise ValueError(f"{n_placeholders} prefix positions leave no content in {x.shape[1]} tokens")
-    inputs: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
-    try:
-        model.forward_cached(x[:, n_placeholders:], kv_cache, start=n_placeholders)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    n_placeholders, n_tokens = prefix.n_placeholders, x.shape[1]
+    if n_placeholders >= n_tokens:
+        raise ValueError(f"{n_placeholders} prefix positions leave no content in {n_tokens} tokens")
+    inputs = model.block_inputs(x[:, n_placeholders:], kv_cache, start=n_placeholders)
     for block, layer_cache, hidden in zip(model.blocks, kv_cache, inputs, strict=True):
         normed = block.ln_1(hidden)
-        output, _, weights = block.attn(normed, layer_cache, causal_mask(n_tokens, n_prefix, x.device))
-        _, own, without = block.attn(normed, None, causal_mask(n_tokens, 0, x.device))
-        weights, without, prefix_values, values = (
-            each.transpose(1, 2).flatten(0, 1) for each in (weights, without, layer_cache[0][1], own[0][1])
-        )
-        yield _Layer(block, weights, without, prefix_values, values, output)
+        output, _, weights = block.attn(normed, layer_cache)
+        _, own, without = block.attn(normed)
+        grouped = (weights, without, layer_cache[0][1], pieces_of(own)[0][1])
+        yield _Layer(block, output.cpu(), *(each.transpose(1, 2).flatten(0, 1).cpu() for each in grouped))
