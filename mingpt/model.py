@@ -304,7 +304,7 @@ class GPT(nn.Module):
             heads = values.unflatten(-1, (self.config.n_head, -1)).unsqueeze(-3).transpose(-4, -2)  # ... H, 1, P, D
             pairs = [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
         else:
-            cached = self.forward_cached(None, embeddings=values)[1]  # (1, H, K, P, D) each
+            cached = self.forward_cached(values)[1]  # (1, H, K, P, D) each
             pairs = [(keys.transpose(0, 2), own.transpose(0, 2)) for keys, own in (pieces_of(c)[0] for c in cached)]
         if prefix.rows is None:
             return [[pair] for pair in pairs]
@@ -313,9 +313,8 @@ class GPT(nn.Module):
 
     def forward_cached(
         self,
-        tokens: Tensor | None,
+        tokens: Tensor,
         kv_cache: Cache | None = None,
-        embeddings: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
         start: int | None = None,
@@ -323,7 +322,7 @@ class GPT(nn.Module):
         """Run tokens through the network after a KV cache. Everything else calls this.
 
         Args:
-            tokens: (B, T) the content, or None with ``embeddings`` (B, T, C) in the place of the tokens' own.
+            tokens: (B, T) the content, or embeddings (B, T, C) in the place of the tokens' own.
             kv_cache: the keys and values of the S positions before it.
             record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C); in the
                 last layer only those of the ``n_last`` tokens.
@@ -336,10 +335,10 @@ class GPT(nn.Module):
         Raises:
             ValueError: if ``tokens`` is not (B, T), or its positions go beyond ``block_size``.
         """
-        if tokens is not None and tokens.ndim != 2:
+        x = tokens if tokens.is_floating_point() else self.transformer.wte(tokens)
+        if x.ndim != 3:
             raise ValueError(f"tokens have the shape (B, T), got {tuple(tokens.shape)}")
         start = n_positions(kv_cache) if start is None else start
-        x = self.transformer.wte(tokens) if embeddings is None else embeddings
         n_tokens = x.shape[1]
         if start + n_tokens > self.block_size:
             raise ValueError(f"{start + n_tokens} tokens do not fit into block_size = {self.block_size}")
@@ -366,7 +365,7 @@ class GPT(nn.Module):
         """Complete a record of the content, (B, H, T - P, T), to one of all positions, (B, H, T, T)."""
         own: Record = []
         if prefix.kind == "prompt":
-            self.forward_cached(None, embeddings=prefix.values, record=own)
+            self.forward_cached(prefix.values, record=own)
         elif prefix.kind == "activation":
             for layer, block in enumerate(self.blocks):
                 block(prefix.values[:, layer], (), own, None)
