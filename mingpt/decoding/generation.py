@@ -213,9 +213,8 @@ class Decoding:
     def process_logits(self, logits: Tensor, forbidden_mass_record: list[Tensor] | None = None) -> Tensor:
         """The logits (B, V) after all processors."""
         allowed = self._ask()
-        forbidden_mass = logits.new_full(
-            (self._n_rows, len(allowed)), float("nan")
-        )  # it stays so where rows have ended
+        # Not a number where a row has ended.
+        forbidden_mass = logits.new_full((self._n_rows, len(allowed)), float("nan"))
         for number, processor in enumerate(self.processors):
             if number not in allowed:
                 self._states[number], logits = processor.process(self._states[number], logits, self.context)
