@@ -352,14 +352,14 @@ class GPT(nn.Module):
             new_cache.append(layer_cache)
         return self.lm_head(self.transformer.ln_f(x)), new_cache
 
-    def block_inputs(self, tokens: Tensor, kv_cache: Cache | None = None, start: int | None = None) -> list[Tensor]:
-        """What each block sees, (B, T, C) each, when tokens are run through the network as in ``forward_cached``."""
+    def block_inputs(self, idx: Tensor, prefixes: Tensor | Prefix | None = None) -> list[Tensor]:
+        """What each block sees of the content, (B, T, C) or (B, T - P, C) each, see ``forward``."""
         inputs: list[Tensor] = []
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.enter_context(block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
-            self.forward_cached(tokens, kv_cache, start=start)
-        return inputs
+            self(idx, prefixes=prefixes)
+        return inputs[-self.config.n_layer :]  # a prompt goes through the blocks before the content
 
     def _with_prefix_positions(self, prefix: Prefix, record: Record) -> Record:
         """Complete a record of the content, (B, H, T - P, T), to one of all positions, (B, H, T, T)."""

@@ -76,17 +76,15 @@ class Prefix:
     def __post_init__(self) -> None:
         axes, values, rows = _axes_of(self.kind), self.values, self.rows
         if values.ndim != 1 + len(axes) or not values.is_floating_point():
-            raise ValueError(
-                f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes and a floating dtype, "
-                f"got {tuple(values.shape)} of {values.dtype}"
-            )
+            expected = f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes and a floating dtype"
+            raise ValueError(f"{expected}, got {tuple(values.shape)} of {values.dtype}")
         if rows is not None:
             is_right = rows.dtype == torch.int64 and rows.ndim == 1 and rows.device == values.device
             if not is_right or (rows.device.type == "cpu" and not ((rows >= 0) & (rows < len(values))).all()):
-                raise ValueError(
-                    f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on the device of the values, "
-                    f"{values.device}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}"
+                expected = (
+                    f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on {values.device} as the values"
                 )
+                raise ValueError(f"{expected}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}")
         if self.n_placeholders is None:
             object.__setattr__(self, "n_placeholders", self.n_positions)
 
@@ -146,16 +144,13 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
         is_per_row = prefixes.ndim == 4 and prefixes.shape[:2] == (batch_size, n_layer)
         is_key_value = prefixes.ndim == 4 and prefixes.shape[:2] == (n_layer, 2)
         if is_per_row and is_key_value:
-            raise ValueError(
-                f"a prefix of shape {tuple(prefixes.shape)} is one per row and also key_value for {batch_size} rows, "
-                f'{n_layer} layers; say Prefix("activation", p) or Prefix("key_value", p[None])'
-            )
+            both = f"one per row and also key_value for {batch_size} rows, {n_layer} layers"
+            advice = 'say Prefix("activation", p) or Prefix("key_value", p[None])'
+            raise ValueError(f"a prefix of shape {tuple(prefixes.shape)} is {both}; {advice}")
         is_one = prefixes.ndim != 4 or is_key_value
         prefix = _single(prefixes) if is_one else Prefix("activation", prefixes)
         if prefix.n_prefixes not in (1, batch_size):
-            raise ValueError(
-                f"{prefix.n_prefixes} prefixes for {batch_size} rows; give one, one per row, or a Prefix with rows"
-            )
+            raise ValueError(f"{len(prefixes)} prefixes for {batch_size} rows; give one, one per row, or Prefix(rows=)")
     prefix.check(n_layer, n_embd, batch_size)
     return prefix
 
@@ -166,9 +161,7 @@ def _single(values: Tensor) -> Prefix:
         if values.ndim == len(axes):
             return Prefix(kind, values[None])
     known = ", ".join(f"{kind} ({', '.join(axes)})" for kind, axes in AXES.items())
-    raise ValueError(
-        f"a prefix of shape {tuple(values.shape)} is of no known kind: {known}; or one per row (B, L, P, C)"
-    )
+    raise ValueError(f"a prefix of shape {tuple(values.shape)} is of no known kind: {known}; one a row (B, L, P, C)")
 
 
 def _axes_of(kind: str) -> tuple[str, ...]:

@@ -196,10 +196,8 @@ def _make_task(node: ast.expr, text: str) -> Task:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     name = ast.unparse(call.func)
     if name not in Task._classes:
-        raise ValueError(
-            f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}; "
-            "import the file that defines it (--import on the command line)"
-        )
+        unknown = f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}"
+        raise ValueError(f"{unknown}; import the file that defines it (--import on the command line)")
     try:
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
         return Task._classes[name](*map(ast.literal_eval, call.args), **named)

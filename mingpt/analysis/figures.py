@@ -114,11 +114,10 @@ def _attention_maps(sample: Tensor, activations_record: Record, prefix_size: int
     shapes = {tuple(layer.shape) for layer in layers}
     expected = {(1, *shape[1:2], n_tokens, n_tokens) for shape in shapes}
     if sample.numel() != n_tokens + 1 or len(shapes) != 1 or shapes != expected:
-        raise ValueError(
-            f"prefix_size = {prefix_size} and length = {length} make a sample of {n_tokens + 1} tokens and, for each "
-            f"layer, one row's 'attention' (1, heads, {n_tokens}, {n_tokens}) with the same heads in all; got "
-            f"{tuple(sample.shape)} and {sorted(shapes)}: what model(sample[None, :-1], activations_record=...) records"
-        )
+        sizes = f"prefix_size = {prefix_size} and length = {length} make a sample of {n_tokens + 1} tokens"
+        maps = f"one row's 'attention' (1, heads, {n_tokens}, {n_tokens}) for each layer, with the same heads in all"
+        advice = "record it with model(sample[None, :-1], activations_record=...)"
+        raise ValueError(f"{sizes} and {maps}; got {tuple(sample.shape)} and {sorted(shapes)}; {advice}")
     return torch.cat(layers)
 
 

@@ -156,11 +156,7 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
     kv_cache = model.prefix_cache(prefix)
-    n_placeholders, n_tokens = prefix.n_placeholders, x.shape[1]
-    if n_placeholders >= n_tokens:
-        raise ValueError(f"{n_placeholders} prefix positions leave no content in {n_tokens} tokens")
-    inputs = model.block_inputs(x[:, n_placeholders:], kv_cache, start=n_placeholders)
-    for block, layer_cache, hidden in zip(model.blocks, kv_cache, inputs, strict=True):
+    for block, layer_cache, hidden in zip(model.blocks, kv_cache, model.block_inputs(x, prefix), strict=True):
         normed = block.ln_1(hidden)
         output, _, weights = block.attn(normed, layer_cache)
         _, own, without = block.attn(normed)
