@@ -132,9 +132,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, kv_cache: LayerKV, record: Record | None, n_last: int | None
-    ) -> tuple[Tensor, LayerKV]:
+    def forward(self, x: Tensor, kv_cache: LayerKV, record: Record | None, n_last: int) -> tuple[Tensor, LayerKV]:
         """Run attention and the MLP, see ``CausalSelfAttention.forward``.
 
         Args:
@@ -347,7 +345,7 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         new_cache: list[LayerKV] = []
         for layer, block in enumerate(self.blocks):
-            n_out = n_last if layer == self.config.n_layer - 1 else None
+            n_out = n_last if n_last and layer == self.config.n_layer - 1 else n_tokens
             x, layer_cache = block(x, kv_cache[layer] if kv_cache else (), record, n_out)
             new_cache.append(layer_cache)
         return self.lm_head(self.transformer.ln_f(x)), new_cache
@@ -368,7 +366,7 @@ class GPT(nn.Module):
             self.forward_cached(prefix.values, record=own)
         elif prefix.kind == "activation":
             for layer, block in enumerate(self.blocks):
-                block(prefix.values[:, layer], (), own, None)
+                block(prefix.values[:, layer], (), own, prefix.n_positions)
         full = [(name, F.pad(content, (0, 0, prefix.n_positions, 0))) for name, content in record]
         for (_, padded), (_, seen) in zip(full, own, strict=False):  # a key_value prefix has none
             rows = prefix.prefix_of_row(len(padded)).cpu()

@@ -81,9 +81,7 @@ class Prefix:
         if rows is not None:
             is_right = rows.dtype == torch.int64 and rows.ndim == 1 and rows.device == values.device
             if not is_right or (rows.device.type == "cpu" and not ((rows >= 0) & (rows < len(values))).all()):
-                expected = (
-                    f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on {values.device} as the values"
-                )
+                expected = f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on {values.device}"
                 raise ValueError(f"{expected}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}")
         if self.n_placeholders is None:
             object.__setattr__(self, "n_placeholders", self.n_positions)

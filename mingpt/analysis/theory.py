@@ -11,7 +11,6 @@ own values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ _LEAST = 1e-30
 """The least share of attention from which float32 still tells the parts, some digits above its smallest number."""
 
 
-@dataclass(frozen=True)
-class Invariance:
+class Invariance(NamedTuple):
     """How attention among the content differs from that without the prefix, once the prefix's share is taken off.
 
     Attributes:
@@ -48,8 +46,7 @@ class Invariance:
         return head_heatmap({f"attention paid to the prefix\n{deviation}": self.share}, title)
 
 
-@dataclass(frozen=True)
-class BiasSubspace:
+class BiasSubspace(NamedTuple):
     """What the prefix adds to each head's output.
 
     Attributes:
@@ -124,7 +121,7 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
 
     Source: Petrov et al. 2024, equation 7: output = (1 - share) * output without the prefix + sum of A_ip W_V p.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in BiasSubspace.__annotations__}
+    found: dict[str, list[Tensor]] = {name: [] for name in BiasSubspace._fields}
     for layer in _layers(model, prefix, x):
         n_prefix = layer.prefix_values.shape[-2]
         to_prefix = layer.weights[..., :n_prefix]  # (B, H, T, P)
