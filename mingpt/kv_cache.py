@@ -52,16 +52,16 @@ class KVCache:
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
 
-LayerKV = list[KeysValues] | KVCache
+LayerKV = Sequence[KeysValues] | KVCache
 """One layer's KV cache: pieces in the order of their positions, or the buffer of a batch that is being decoded."""
 
 Cache = Sequence[LayerKV]
 """The LayerKV of every layer in order."""
 
 
-def pieces_of(cache: LayerKV | None) -> list[KeysValues]:
+def pieces_of(cache: LayerKV) -> Sequence[KeysValues]:
     """A layer's keys and values in the order of their positions."""
-    return cache.pieces if isinstance(cache, KVCache) else cache or []
+    return cache.pieces if isinstance(cache, KVCache) else cache
 
 
 def n_positions(kv_cache: Cache | None) -> int:

@@ -98,14 +98,10 @@ class LoRA(nn.Module):
             RuntimeError: if the LoRA is merged already.
         """
         self.attach()
-        for layer, update in zip(self._layers, self.updates(), strict=True):
-            layer.weight += update
+        for layer, a, b in zip(self._layers, self.a, self.b, strict=True):
+            layer.weight += self.scale * b @ a
         self.detach()
         self.is_merged = True
-
-    def updates(self) -> list[Tensor]:
-        """What each layer's weight gains, (O, I) each."""
-        return [self.scale * b @ a for a, b in zip(self.a, self.b, strict=True)]
 
     @property
     def n_parameters(self) -> int:

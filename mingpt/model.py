@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import ExitStack
 from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,15 +68,12 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(n_groups, batch // n_groups, n_tokens, 3, self.n_head, self.n_embd // self.n_head)
         return heads.permute(3, 0, 4, 1, 2, 5)
 
-    def forward(
-        self, x: Tensor, kv_cache: LayerKV | None = None, mask: Tensor | None = None, n_last: int | None = None
-    ) -> tuple[Tensor, LayerKV, Tensor]:
-        """Attend to the cached positions and to the content.
+    def forward(self, x: Tensor, kv_cache: LayerKV = (), n_last: int | None = None) -> tuple[Tensor, LayerKV, Tensor]:
+        """Attend to the cached positions and to the content, each token to none after it.
 
         Args:
             x: (B, T, C) the content.
             kv_cache: keys and values of S earlier positions. A KVCache is written to; a list is not.
-            mask: (T, S + T) of bool, true where a token must not look, or None where it may look everywhere.
             n_last: how many last tokens get an output, T' of them; all T by default.
 
         Returns:
@@ -91,12 +89,14 @@ class CausalSelfAttention(nn.Module):
             kv_cache = [*cached, (keys, values)]
         pieces = pieces_of(kv_cache)
         scores = torch.cat([_product(queries, keys.mT) for keys, _ in pieces], dim=-1) / math.sqrt(queries.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(mask[-queries.shape[-2] :], float("-inf"))
+        n_queries, n_seen = scores.shape[-2:]
+        if n_queries > 1:
+            is_later = torch.ones(n_queries, n_seen, dtype=torch.bool, device=x.device).triu(n_seen - n_queries + 1)
+            scores = scores.masked_fill(is_later, float("-inf"))
         weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # (G, H, N, T', S + T)
         parts = self.attn_dropout(weights.to(values.dtype)).split([keys.shape[-2] for keys, _ in pieces], dim=-1)
         mixed = reduce(torch.add, (_product(part, values) for part, (_, values) in zip(parts, pieces, strict=True)))
-        mixed = mixed.permute(0, 2, 3, 1, 4).reshape(len(x), queries.shape[-2], self.n_embd)  # (B, T', C)
+        mixed = mixed.permute(0, 2, 3, 1, 4).reshape(len(x), n_queries, self.n_embd)  # (B, T', C)
         return self.resid_dropout(self.c_proj(mixed)), kv_cache, weights
 
 
@@ -132,20 +132,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, kv_cache: LayerKV | None, mask: Tensor | None, record: Record | None, n_last: int | None
-    ) -> tuple[Tensor, LayerKV]:
+    def forward(self, x: Tensor, kv_cache: LayerKV, record: Record | None, n_last: int) -> tuple[Tensor, LayerKV]:
         """Run attention and the MLP, see ``CausalSelfAttention.forward``.
 
         Args:
             x: (B, T, C) the residual stream.
-            kv_cache, mask, n_last: as attention takes them.
+            kv_cache, n_last: as attention takes them.
             record: receives the attention weights (B, H, T', S + T) and the attention output (B, T', C).
 
         Returns:
             The residual stream (B, T', C) and the cache of all S + T positions.
         """
-        out, new_cache, weights = self.attn(self.ln_1(x), kv_cache, mask, n_last)
+        out, new_cache, weights = self.attn(self.ln_1(x), kv_cache, n_last)
         if record is not None:
             record.append(("attention", weights.detach().transpose(1, 2).flatten(0, 1).cpu()))
             record.append(("attn_block_output", out.detach().float().cpu()))
@@ -304,7 +302,7 @@ class GPT(nn.Module):
             heads = values.unflatten(-1, (self.config.n_head, -1)).unsqueeze(-3).transpose(-4, -2)  # ... H, 1, P, D
             pairs = [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
         else:
-            cached = self.forward_cached(None, embeddings=values)[1]  # (1, H, K, P, D) each
+            cached = self.forward_cached(values)[1]  # (1, H, K, P, D) each
             pairs = [(keys.transpose(0, 2), own.transpose(0, 2)) for keys, own in (pieces_of(c)[0] for c in cached)]
         if prefix.rows is None:
             return [[pair] for pair in pairs]
@@ -313,9 +311,8 @@ class GPT(nn.Module):
 
     def forward_cached(
         self,
-        tokens: Tensor | None,
+        tokens: Tensor,
         kv_cache: Cache | None = None,
-        embeddings: Tensor | None = None,
         record: Record | None = None,
         n_last: int | None = None,
         start: int | None = None,
@@ -323,7 +320,7 @@ class GPT(nn.Module):
         """Run tokens through the network after a KV cache. Everything else calls this.
 
         Args:
-            tokens: (B, T) the content, or None with ``embeddings`` (B, T, C) in the place of the tokens' own.
+            tokens: (B, T) the content, or embeddings (B, T, C) in the place of the tokens' own.
             kv_cache: the keys and values of the S positions before it.
             record: receives the content's attention weights (B, H, T, S + T) and attention outputs (B, T, C); in the
                 last layer only those of the ``n_last`` tokens.
@@ -336,34 +333,40 @@ class GPT(nn.Module):
         Raises:
             ValueError: if ``tokens`` is not (B, T), or its positions go beyond ``block_size``.
         """
-        if tokens is not None and tokens.ndim != 2:
+        x = tokens if tokens.is_floating_point() else self.transformer.wte(tokens)
+        if x.ndim != 3:
             raise ValueError(f"tokens have the shape (B, T), got {tuple(tokens.shape)}")
-        n_cached = n_positions(kv_cache)
-        start = n_cached if start is None else start
-        x = self.transformer.wte(tokens) if embeddings is None else embeddings
+        start = n_positions(kv_cache) if start is None else start
         n_tokens = x.shape[1]
         if start + n_tokens > self.block_size:
             raise ValueError(f"{start + n_tokens} tokens do not fit into block_size = {self.block_size}")
         x = self.transformer.drop(x + self.transformer.wpe(torch.arange(start, start + n_tokens, device=x.device)))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or each layer would cast it twice
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        mask = causal_mask(n_tokens, n_cached, x.device) if n_tokens > 1 else None
         new_cache: list[LayerKV] = []
         for layer, block in enumerate(self.blocks):
-            n_out = n_last if layer == self.config.n_layer - 1 else None
-            x, layer_cache = block(x, None if kv_cache is None else kv_cache[layer], mask, record, n_out)
+            n_out = n_last if n_last and layer == self.config.n_layer - 1 else n_tokens
+            x, layer_cache = block(x, kv_cache[layer] if kv_cache else (), record, n_out)
             new_cache.append(layer_cache)
         return self.lm_head(self.transformer.ln_f(x)), new_cache
+
+    def block_inputs(self, idx: Tensor, prefixes: Tensor | Prefix | None = None) -> list[Tensor]:
+        """What each block sees of the content, (B, T, C) or (B, T - P, C) each, see ``forward``."""
+        inputs: list[Tensor] = []
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.enter_context(block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+            self(idx, prefixes=prefixes)
+        return inputs[-self.config.n_layer :]  # a prompt goes through the blocks before the content
 
     def _with_prefix_positions(self, prefix: Prefix, record: Record) -> Record:
         """Complete a record of the content, (B, H, T - P, T), to one of all positions, (B, H, T, T)."""
         own: Record = []
         if prefix.kind == "prompt":
-            self.forward_cached(None, embeddings=prefix.values, record=own)
+            self.forward_cached(prefix.values, record=own)
         elif prefix.kind == "activation":
-            mask = causal_mask(prefix.n_positions, 0, prefix.values.device)
             for layer, block in enumerate(self.blocks):
-                block(prefix.values[:, layer], None, mask, own, None)
+                block(prefix.values[:, layer], (), own, prefix.n_positions)
         full = [(name, F.pad(content, (0, 0, prefix.n_positions, 0))) for name, content in record]
         for (_, padded), (_, seen) in zip(full, own, strict=False):  # a key_value prefix has none
             rows = prefix.prefix_of_row(len(padded)).cpu()
@@ -423,9 +426,8 @@ class GPT(nn.Module):
         config.merge_from_dict({name: getattr(theirs, name) for name in names})
         config.merge_from_dict({"model_type": None, "block_size": theirs.n_positions, "gelu_approximate": gelu})
         model = cls(config)
-        model.load_state_dict(
-            {name: w.t() if name.endswith(TRANSPOSED) else w for name, w in other.state_dict().items()}
-        )
+        weights = other.state_dict()
+        model.load_state_dict({name: w.t() if name.endswith(TRANSPOSED) else w for name, w in weights.items()})
         return model.to(other.device).train(other.training)
 
 
@@ -448,11 +450,6 @@ def _complete_config(config: CfgNode) -> CfgNode:
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd = {config.n_embd} is not a multiple of n_head = {config.n_head}")
     return config
-
-
-def causal_mask(n_tokens: int, n_cached: int, device: torch.device) -> Tensor:
-    """(T, S + T) of bool, true where a token would look at a later one."""
-    return torch.ones(n_tokens, n_cached + n_tokens, dtype=torch.bool, device=device).triu(n_cached + 1)
 
 
 def _drop_mask_buffers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -76,17 +76,13 @@ class Prefix:
     def __post_init__(self) -> None:
         axes, values, rows = _axes_of(self.kind), self.values, self.rows
         if values.ndim != 1 + len(axes) or not values.is_floating_point():
-            raise ValueError(
-                f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes and a floating dtype, "
-                f"got {tuple(values.shape)} of {values.dtype}"
-            )
+            expected = f"{self.kind} prefixes have the shape (K, {', '.join(axes)}) for K prefixes and a floating dtype"
+            raise ValueError(f"{expected}, got {tuple(values.shape)} of {values.dtype}")
         if rows is not None:
             is_right = rows.dtype == torch.int64 and rows.ndim == 1 and rows.device == values.device
             if not is_right or (rows.device.type == "cpu" and not ((rows >= 0) & (rows < len(values))).all()):
-                raise ValueError(
-                    f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on the device of the values, "
-                    f"{values.device}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}"
-                )
+                expected = f"rows are int64 of shape (B,), from 0 to {len(values) - 1}, on {values.device}"
+                raise ValueError(f"{expected}; got {rows.dtype} of shape {tuple(rows.shape)} on {rows.device}: {rows}")
         if self.n_placeholders is None:
             object.__setattr__(self, "n_placeholders", self.n_positions)
 
@@ -146,16 +142,13 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
         is_per_row = prefixes.ndim == 4 and prefixes.shape[:2] == (batch_size, n_layer)
         is_key_value = prefixes.ndim == 4 and prefixes.shape[:2] == (n_layer, 2)
         if is_per_row and is_key_value:
-            raise ValueError(
-                f"a prefix of shape {tuple(prefixes.shape)} is one per row and also key_value for {batch_size} rows, "
-                f'{n_layer} layers; say Prefix("activation", p) or Prefix("key_value", p[None])'
-            )
+            both = f"one per row and also key_value for {batch_size} rows, {n_layer} layers"
+            advice = 'say Prefix("activation", p) or Prefix("key_value", p[None])'
+            raise ValueError(f"a prefix of shape {tuple(prefixes.shape)} is {both}; {advice}")
         is_one = prefixes.ndim != 4 or is_key_value
         prefix = _single(prefixes) if is_one else Prefix("activation", prefixes)
         if prefix.n_prefixes not in (1, batch_size):
-            raise ValueError(
-                f"{prefix.n_prefixes} prefixes for {batch_size} rows; give one, one per row, or a Prefix with rows"
-            )
+            raise ValueError(f"{len(prefixes)} prefixes for {batch_size} rows; give one, one per row, or Prefix(rows=)")
     prefix.check(n_layer, n_embd, batch_size)
     return prefix
 
@@ -166,9 +159,7 @@ def _single(values: Tensor) -> Prefix:
         if values.ndim == len(axes):
             return Prefix(kind, values[None])
     known = ", ".join(f"{kind} ({', '.join(axes)})" for kind, axes in AXES.items())
-    raise ValueError(
-        f"a prefix of shape {tuple(values.shape)} is of no known kind: {known}; or one per row (B, L, P, C)"
-    )
+    raise ValueError(f"a prefix of shape {tuple(values.shape)} is of no known kind: {known}; one a row (B, L, P, C)")
 
 
 def _axes_of(kind: str) -> tuple[str, ...]:
@@ -192,11 +183,7 @@ def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
 
 @torch.no_grad()
 def initial_prefix(
-    model: GPT,
-    n_positions: int,
-    init: str | Sequence[int] = "padding",
-    generator: torch.Generator | None = None,
-    kind: str = "activation",
+    model: GPT, n_positions: int, init: str | Sequence[int] = "padding", kind: str = "activation"
 ) -> Tensor:
     """A prefix to start training from. A clone of another prefix, or of an ``average``, is one as well.
 
@@ -207,7 +194,6 @@ def initial_prefix(
             (Li & Liang 2021, section 7.4, start from the activations of real words). "padding" is P zeros, so training
             starts from the model as it is without a prefix. "random" is the standard normal distribution, as in the
             seed notebook.
-        generator: the source of random numbers.
         kind: of prefix, see ``Prefix``.
 
     Returns:
@@ -219,7 +205,7 @@ def initial_prefix(
     config, axes = model.config, _axes_of(kind)
     if init == "random":
         sizes = {"L": config.n_layer, "2": 2, "P": n_positions, "C": config.n_embd}
-        return torch.randn([sizes[axis] for axis in axes], generator=generator).to(model.device).requires_grad_()
+        return torch.randn([sizes[axis] for axis in axes]).to(model.device).requires_grad_()
     if isinstance(init, str) and init != "padding":
         raise ValueError(f"unknown init {init!r}; choose padding or random, or give {n_positions} tokens")
     tokens = [0] * n_positions if isinstance(init, str) else list(init)
@@ -228,15 +214,8 @@ def initial_prefix(
     idx = torch.tensor([tokens], device=model.device)
     if kind == "prompt":
         return model.transformer.wte(idx)[0].requires_grad_()
-    seen: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for block in model.blocks]
-    try:
-        with evaluation_mode(model):
-            model.forward_cached(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    activations = torch.stack(seen)
+    with evaluation_mode(model):
+        activations = torch.stack(model.block_inputs(idx))[:, 0]
     return (as_key_value(model, activations) if kind == "key_value" else activations).requires_grad_()
 
 
@@ -252,28 +231,25 @@ class Reparametrization(nn.Module):
 
     init: Tensor
 
-    def __init__(self, init: Tensor, n_hidden: int | None = None, generator: torch.Generator | None = None):
-        """Make the networks.
+    def __init__(self, init: Tensor):
+        """Make the networks, with hidden layers of C units.
 
         Args:
             init: K key_value prefixes, (K, L, 2, P, C).
-            n_hidden: the width of the hidden layer, C by default.
-            generator: the source of random numbers.
 
         Raises:
             ValueError: if ``init`` has another number of axes.
         """
         super().__init__()
         n_prefixes, n_layer, _, n_positions, n_embd = Prefix("key_value", init).values.shape
-        n_hidden = n_hidden or n_embd
 
         def normal(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator).to(init.device) / shape[-2] ** 0.5)
+            return nn.Parameter(torch.randn(shape).to(init.device) / shape[-2] ** 0.5)
 
         self.register_buffer("init", init.detach().clone())
         self.embedding = normal(n_prefixes, n_positions, n_embd)
-        self.w1, self.b1 = normal(n_prefixes, n_embd, n_hidden), nn.Parameter(init.new_zeros(n_prefixes, 1, n_hidden))
-        self.w2 = nn.Parameter(init.new_zeros(n_prefixes, n_hidden, n_layer * 2 * n_embd))
+        self.w1, self.b1 = normal(n_prefixes, n_embd, n_embd), nn.Parameter(init.new_zeros(n_prefixes, 1, n_embd))
+        self.w2 = nn.Parameter(init.new_zeros(n_prefixes, n_embd, n_layer * 2 * n_embd))
         self.b2 = nn.Parameter(init.new_zeros(n_prefixes, 1, n_layer * 2 * n_embd))
 
     def forward(self) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -131,7 +132,7 @@ class Task:
             raise ValueError(f"{self} meets the value {lost}, which {cast.dtype} cannot hold; use a wider dtype")
         return cast
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The simple tasks that this one consists of, in order."""
         return (self,)
@@ -195,10 +196,8 @@ def _make_task(node: ast.expr, text: str) -> Task:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     name = ast.unparse(call.func)
     if name not in Task._classes:
-        raise ValueError(
-            f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}; "
-            "import the file that defines it (--import on the command line)"
-        )
+        unknown = f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}"
+        raise ValueError(f"{unknown}; import the file that defines it (--import on the command line)")
     try:
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
         return Task._classes[name](*map(ast.literal_eval, call.args), **named)
@@ -221,25 +220,21 @@ class CompositeTask(Task):
         """
         if not tasks:
             raise ValueError("a composition needs at least one task")
-        self._tasks = tuple(simple for task in tasks for simple in task.tasks)
-        self.has_repeats = self._tasks[0].has_repeats
+        self.tasks = tuple(simple for task in tasks for simple in task.tasks)
+        self.has_repeats = self.tasks[0].has_repeats
         # Judged for every number of digits and every length at once, so a task means the same wherever it is used.
         self.output_values(self.input_values(num_digits=UNBOUNDED), length=UNBOUNDED)
 
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        return self._tasks
-
     def solve(self, x: np.ndarray) -> np.ndarray:
-        for task in self._tasks:
+        for task in self.tasks:
             x = task.solve(x)
         return x
 
     def input_values(self, num_digits: int) -> Values:
-        return self._tasks[0].input_values(num_digits)
+        return self.tasks[0].input_values(num_digits)
 
     def output_values(self, values: Values, length: int) -> Values:
-        for before, task in zip(("the input", *self._tasks), self._tasks, strict=False):
+        for before, task in zip(("the input", *self.tasks), self.tasks, strict=False):
             try:
                 values = task.output_values(values, length)
             except ValueError as reason:
@@ -248,16 +243,16 @@ class CompositeTask(Task):
 
     def is_defined(self, x: np.ndarray) -> np.ndarray:
         is_defined = np.ones(x.shape[:-1], dtype=bool)
-        for task in self._tasks:
+        for task in self.tasks:
             is_defined &= task.is_defined(x)
             x = task.solve(x)
         return is_defined
 
     def __str__(self) -> str:
-        return "+".join(map(str, self._tasks))
+        return "+".join(map(str, self.tasks))
 
     def __repr__(self) -> str:
-        return " + ".join(map(repr, self._tasks))
+        return " + ".join(map(repr, self.tasks))
 
 
 del Task._classes["CompositeTask"]  # made with "+", not by name

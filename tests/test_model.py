@@ -143,7 +143,7 @@ def test_causality_by_gradients(n_cached):
             for _ in range(L)
         ]
     embeddings = torch.randn(B, n_tokens, C, generator=generator, requires_grad=True)
-    logits, _ = model.forward_cached(None, kv_cache, embeddings=embeddings)  # (B, T, V)
+    logits, _ = model.forward_cached(embeddings, kv_cache)  # (B, T, V)
     direction = torch.randn(V, generator=generator)
     flat_cache = [part for layer in kv_cache or () for piece in layer for part in piece]
     for row in range(B):

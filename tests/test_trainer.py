@@ -1004,8 +1004,8 @@ def test_reparametrized_prefixes_trained_together_are_those_trained_alone():
         trainer.run()
         return made().detach(), torch.stack(norms)
 
-    together = Reparametrization(start, n_hidden=5)
-    alone = [Reparametrization(start[k : k + 1], n_hidden=5) for k in range(3)]
+    together = Reparametrization(start)
+    alone = [Reparametrization(start[k : k + 1]) for k in range(3)]
     with torch.no_grad():
         for k, one in enumerate(alone):
             for own, of_all in zip(one.parameters(), together.parameters(), strict=True):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mingpt.evaluation import ConstraintEffect, Score
+from mingpt.prefix import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,7 @@ PREFIX_COLORS = ("#0173B2", "#B8B8B8")
 """With a prefix, blue, and without one, grey."""
 
 _OUTLINE = "#D55E00"  # vermilion
+_Lines = Literal["x", "both"] | None  # of a grid behind the data
 _MIN_FONT = 6.0  # points; smaller text is left out
 
 
@@ -43,7 +45,7 @@ _MIN_FONT = 6.0  # points; smaller text is left out
 
 def attention_visualization(
     sample: Tensor,
-    activations_record: Iterable[tuple[str, Tensor]],
+    activations_record: Record,
     prefix_size: int,
     length: int,
     title: str = "",
@@ -77,8 +79,8 @@ def attention_visualization(
     is_small = n_layers * n_heads <= MAX_ANNOTATED_PANELS
     panel = min(max(2.4, 0.17 * n_tokens), 8.0) if is_small else min(max(2.2, 0.085 * n_tokens), 3.0)  # inches
     cell = 72 * panel / n_tokens  # points
-    figure = _new_figure(n_heads * panel + 1.3, n_layers * panel + 0.8, title)
-    grid = figure.subplots(n_layers, n_heads, squeeze=False, sharex=True, sharey=True)
+    size, shape = (n_heads * panel + 1.3, n_layers * panel + 0.8), (n_layers, n_heads)
+    figure, grid = _new_figure(size, title, shape, sharex=True, sharey=True)
     edges = [0, prefix_size, prefix_size + length, n_tokens]
     is_later = np.triu(np.ones((n_tokens, n_tokens), dtype=bool), k=1)
     is_printed = (maps >= 0.005).numpy() & ~is_later & (annot and is_small and 0.5 * cell >= _MIN_FONT)
@@ -105,20 +107,17 @@ def attention_visualization(
     return figure
 
 
-def _attention_maps(
-    sample: Tensor, activations_record: Iterable[tuple[str, Tensor]], prefix_size: int, length: int
-) -> Tensor:
+def _attention_maps(sample: Tensor, activations_record: Record, prefix_size: int, length: int) -> Tensor:
     """The record's attention, (layers, H, T, T) of float32, after a check of every size."""
     n_tokens = prefix_size + 2 * length - 1
     layers = [tensor.detach().float().cpu() for name, tensor in activations_record if name == "attention"]
     shapes = {tuple(layer.shape) for layer in layers}
     expected = {(1, *shape[1:2], n_tokens, n_tokens) for shape in shapes}
     if sample.numel() != n_tokens + 1 or len(shapes) != 1 or shapes != expected:
-        raise ValueError(
-            f"prefix_size = {prefix_size} and length = {length} make a sample of {n_tokens + 1} tokens and, for each "
-            f"layer, one row's 'attention' (1, heads, {n_tokens}, {n_tokens}) with the same heads in all; got "
-            f"{tuple(sample.shape)} and {sorted(shapes)}: what model(sample[None, :-1], activations_record=...) records"
-        )
+        sizes = f"prefix_size = {prefix_size} and length = {length} make a sample of {n_tokens + 1} tokens"
+        maps = f"one row's 'attention' (1, heads, {n_tokens}, {n_tokens}) for each layer, with the same heads in all"
+        advice = "record it with model(sample[None, :-1], activations_record=...)"
+        raise ValueError(f"{sizes} and {maps}; got {tuple(sample.shape)} and {sorted(shapes)}; {advice}")
     return torch.cat(layers)
 
 
@@ -195,9 +194,7 @@ def forbidden_mass_figure(effects: Mapping[str, ConstraintEffect], title: str = 
     return _position_heatmap({name: each.forbidden_mass for name, each in effects.items()}, title, "forbidden mass")
 
 
-def _position_heatmap(
-    shares: Mapping[str, Sequence[float]], title: str, label: str, highest: float | None = None
-) -> Figure:
+def _position_heatmap(shares: Mapping, title: str, label: str, highest: float | None = None) -> Figure:
     """A heatmap of shares, 0 to 1, at each output position, one row for each name."""
     from pandas import DataFrame
 
@@ -214,8 +211,7 @@ def _percent_heatmap(shares: DataFrame, title: str, label: str, highest: float |
         raise ValueError(f"there must be at least one row and one column to draw, got {shares.shape}")
     widest, tallest = (max(len(str(name)) for name in names) for names in shares.axes)
     width, height = 0.42 * shares.shape[1] + 0.075 * widest + 1.2, 0.26 * shares.shape[0] + 0.05 * tallest + 1.4
-    figure = _new_figure(max(width, 5.0), max(height, 2.1), title)
-    ax = figure.subplots()
+    figure, ((ax,),) = _new_figure((max(width, 5.0), max(height, 2.1)), title)
     _heatmap(ax, 100 * shares, ".1f", highest, f"{label} in percent")
     return figure, ax
 
@@ -243,8 +239,7 @@ def paired_bars(
     """
     names = [name for group, members in groups.items() for name in (group, *members)]
     y = np.array([number for number, name in enumerate(names) if name not in groups])
-    figure = _new_figure(6.6, 0.3 * len(names) + 1.2, title)
-    ax = figure.subplots()
+    figure, ((ax,),) = _new_figure((6.6, 0.3 * len(names) + 1.2), title, lines="x")
     for label, scores, color, offset in zip(labels, (with_prefix, without_prefix), colors, (-0.2, 0.2), strict=True):
         accuracies, errors = _percent_and_errors(scores[names[number]] for number in y)
         style = {"elinewidth": 0.8, "capsize": 1.5, "ecolor": "0.15"}
@@ -254,7 +249,6 @@ def paired_bars(
     for label in ax.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() in groups else "normal")
     ax.set(xlim=(0, 110), ylim=(len(names) - 0.3, -0.6), xlabel="accuracy in percent, with its 95% interval")
-    _tidy(ax, "x")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -272,8 +266,8 @@ def accuracy_curves(
     """
     import seaborn as sns
 
-    figure = _new_figure(2.5 * len(panels) + 1.0, 3.2, title)
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    size, shape = (2.5 * len(panels) + 1.0, 3.2), (1, len(panels))
+    figure, (grid,) = _new_figure(size, title, shape, lines="both", sharey=True)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     for ax, (quantity, lines) in zip(grid, panels.items(), strict=True):
@@ -286,8 +280,7 @@ def accuracy_curves(
         ax.set(xscale="log", xlabel=quantity, ylim=(-3, 103))
         ax.minorticks_off()
         ax.set_xticks(ticks, list(map(str, ticks)))
-        _tidy(ax, "both")
-    grid[0].set_ylabel("accuracy in percent", fontsize=9)
+    grid[0].set_ylabel("accuracy in percent")
     handles = {label: handle for ax in grid for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
@@ -302,16 +295,14 @@ def validation_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, floa
     """
     import seaborn as sns
 
-    figure = _new_figure(2.5 * len(panels) + 1.0, 2.8, title)
-    for ax, (task, curves) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
+    shape = (1, len(panels))
+    figure, (grid,) = _new_figure((2.5 * len(panels) + 1.0, 2.8), title, shape, lines="both", sharey=True)
+    for ax, (task, curves) in zip(grid, panels.items(), strict=True):
         for (kind, curve), color in zip(curves.items(), sns.color_palette("colorblind"), strict=False):
             ax.plot([x for x, _ in curve], [100 * y for _, y in curve], color=color, linewidth=1.3, label=kind)
         ax.set(xlabel="iteration", ylim=(-3, 103), title=task)
-        _tidy(ax, "both")
-    figure.axes[0].set_ylabel("accuracy in percent", fontsize=9)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    grid[0].set_ylabel("accuracy in percent", fontsize=9)
+    grid[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -358,8 +349,7 @@ def learning_curves(
 
     rows = [(line["iter"], line["loss"], name) for name, lines in curves.items() for line in lines]
     frame = DataFrame(rows, columns=["iteration", "loss", "curve"])
-    figure = _new_figure(6.4, 3.8, title)
-    ax = figure.subplots()
+    figure, ((ax,),) = _new_figure((6.4, 3.8), title, lines="both")
     dashes = "curve" if len(curves) > 10 else None  # where the palette's colours do not suffice
     style = {"hue": "curve", "style": dashes, "palette": sns.color_palette("colorblind", len(curves))}
     sns.lineplot(frame, x="iteration", y="loss", estimator=None, sort=False, linewidth=1.3, ax=ax, **style)
@@ -369,7 +359,6 @@ def learning_curves(
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    _tidy(ax, "both")
     _legend_at_right(ax)
     return figure
 
@@ -389,12 +378,10 @@ def pca_figure(points: Mapping[str, Tensor], title: str = "") -> Figure:
     shares = 100 * spread[:2] ** 2 / (spread**2).sum()
     x, y = axes[:2] @ vectors.T
     names = [name for name, each in points.items() for _ in each]
-    figure = _new_figure(5.6, 4.0, title)
-    ax = figure.subplots()
+    figure, ((ax,),) = _new_figure((5.6, 4.0), title, lines="both")
     sns.scatterplot(x=x, y=y, hue=names, palette="colorblind", s=9, alpha=0.6, linewidth=0, ax=ax)
     ax.set(xlabel=f"first component, {shares[0]:.1f}% of the variance", ylabel=f"second component, {shares[1]:.1f}%")
     ax.set_aspect("equal", adjustable="datalim")
-    _tidy(ax, "both")
     _legend_at_right(ax)
     return figure
 
@@ -409,8 +396,9 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
     from pandas import DataFrame
 
     n_layers, n_heads = next(iter(values.values())).shape
-    figure = _new_figure(len(values) * (max(0.5 * n_heads, 2.8) + 0.5), 0.32 * n_layers + 1.3, title)
-    for ax, (name, each) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
+    size = (len(values) * (max(0.5 * n_heads, 2.8) + 0.5), 0.32 * n_layers + 1.3)
+    figure, (grid,) = _new_figure(size, title, (1, len(values)))
+    for ax, (name, each) in zip(grid, values.items(), strict=True):
         frame = DataFrame(each.cpu().numpy(), range(1, n_layers + 1), range(1, n_heads + 1))
         _heatmap(ax, frame, ".2f" if each.is_floating_point() else "d")
         ax.set(xlabel="head", ylabel="layer")
@@ -421,22 +409,26 @@ def head_heatmap(values: Mapping[str, Tensor], title: str = "") -> Figure:
 # --------------------------------------------------------------------------------------------- shared parts
 
 
-def _new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure of this size in inches with nothing but a title."""
+def _new_figure(
+    size: tuple[float, float], title: str, shape: tuple[int, int] = (1, 1), lines: _Lines = None, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches with a title and tidy, empty axes, (rows, columns); options of its subplots."""
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
         """A Figure that IPython can show without pyplot and before ``%matplotlib inline``."""
 
         def _repr_png_(self) -> bytes:
-            buffer = BytesIO()
-            self.savefig(buffer, format="png")
+            self.savefig(buffer := BytesIO(), format="png")
             return buffer.getvalue()
 
-    figure = NotebookFigure(figsize=(width, height), layout="constrained")
+    figure = NotebookFigure(figsize=size, layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=max(11, 0.8 * width))
-    return figure
+        figure.suptitle(title, fontsize=max(11, 0.8 * size[0]))
+    grid = figure.subplots(*shape, squeeze=False, **options)
+    for ax in grid.flat:
+        _tidy(ax, lines)
+    return figure, grid
 
 
 def _heatmap(ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None, bar_label: str = "") -> None:
@@ -451,15 +443,15 @@ def _heatmap(ax: Axes, frame: DataFrame, fmt: str, highest: float | None = None,
         _tidy(each)
 
 
-def _tidy(ax: Axes, grid: Literal["x", "y", "both"] | None = None) -> None:
-    """Small text, no frame at the top and the right, and a pale grid behind the data along an axis."""
-    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
-        text.set_fontsize(9)
+def _tidy(ax: Axes, lines: _Lines = None) -> None:
+    """Small text, no frame at the top and the right, and a pale grid of lines behind the data."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_fontsize(9)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-    if grid is not None:
+    if lines is not None:
         ax.set_axisbelow(True)
-        ax.grid(axis=grid, color="0.92", linewidth=0.6)
+        ax.grid(axis=lines, color="0.92", linewidth=0.6)
 
 
 def _legend_at_right(ax: Axes) -> None:

@@ -11,14 +11,14 @@ own values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mingpt.analysis.figures import head_heatmap
-from mingpt.model import GPT, Block, causal_mask
+from mingpt.kv_cache import pieces_of
+from mingpt.model import GPT, Block
 from mingpt.prefix import Prefix, as_prefix
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ _LEAST = 1e-30
 """The least share of attention from which float32 still tells the parts, some digits above its smallest number."""
 
 
-@dataclass(frozen=True)
-class Invariance:
+class Invariance(NamedTuple):
     """How attention among the content differs from that without the prefix, once the prefix's share is taken off.
 
     Attributes:
@@ -47,8 +46,7 @@ class Invariance:
         return head_heatmap({f"attention paid to the prefix\n{deviation}": self.share}, title)
 
 
-@dataclass(frozen=True)
-class BiasSubspace:
+class BiasSubspace(NamedTuple):
     """What the prefix adds to each head's output.
 
     Attributes:
@@ -75,16 +73,15 @@ class BiasSubspace:
         return head_heatmap(named | {"prefix positions attended to": self.attention_perplexity}, title)
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """One layer's attention over the same input, with a prefix and without, on the CPU."""
 
     block: Block
+    output: Tensor  # (B, T, C)
     weights: Tensor  # (B, H, T, P + T)
     weights_without: Tensor  # (B, H, T, T)
     prefix_values: Tensor  # (1, H, P, D)
     values: Tensor  # (B, H, T, D)
-    output: Tensor  # (B, T, C)
 
 
 @torch.no_grad()
@@ -124,7 +121,7 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
 
     Source: Petrov et al. 2024, equation 7: output = (1 - share) * output without the prefix + sum of A_ip W_V p.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in BiasSubspace.__annotations__}
+    found: dict[str, list[Tensor]] = {name: [] for name in BiasSubspace._fields}
     for layer in _layers(model, prefix, x):
         n_prefix = layer.prefix_values.shape[-2]
         to_prefix = layer.weights[..., :n_prefix]  # (B, H, T, P)
@@ -156,21 +153,9 @@ def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
     kv_cache = model.prefix_cache(prefix)
-    n_prefix, n_placeholders, n_tokens = prefix.n_positions, prefix.n_placeholders, x.shape[1] - prefix.n_placeholders
-    if n_tokens < 1:
-        raise ValueError(f"{n_placeholders} prefix positions leave no content in {x.shape[1]} tokens")
-    inputs: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
-    try:
-        model.forward_cached(x[:, n_placeholders:], kv_cache, start=n_placeholders)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for block, layer_cache, hidden in zip(model.blocks, kv_cache, inputs, strict=True):
+    for block, layer_cache, hidden in zip(model.blocks, kv_cache, model.block_inputs(x, prefix), strict=True):
         normed = block.ln_1(hidden)
-        output, _, weights = block.attn(normed, layer_cache, causal_mask(n_tokens, n_prefix, x.device))
-        _, own, without = block.attn(normed, None, causal_mask(n_tokens, 0, x.device))
-        weights, without, prefix_values, values = (
-            each.transpose(1, 2).flatten(0, 1) for each in (weights, without, layer_cache[0][1], own[0][1])
-        )
-        yield _Layer(block, weights, without, prefix_values, values, output)
+        output, _, weights = block.attn(normed, layer_cache)
+        _, own, without = block.attn(normed)
+        grouped = (weights, without, layer_cache[0][1], pieces_of(own)[0][1])
+        yield _Layer(block, output.cpu(), *(each.transpose(1, 2).flatten(0, 1).cpu() for each in grouped))

@@ -146,9 +146,8 @@ class PDA:
     def __post_init__(self) -> None:
         shapes = [tuple(each.shape) for each in (self.next, self.move, self.is_accepting)]
         if self.next.ndim != 3 or shapes[1:] != [shapes[0], shapes[0][:1]] or not self.next.numel():
-            raise ValueError(
-                "next and move must be (S, G + 1, V) and is_accepting (S,), got {}, {}, {}".format(*shapes)
-            )
+            expected = "next and move must be (S, G + 1, V) and is_accepting (S,)"
+            raise ValueError("{}, got {}, {}, {}".format(expected, *shapes))
         n_states, n_tops, _ = self.next.shape
         is_pop_of_nothing = (self.move[:, 0] == POP) & (self.next[:, 0] >= 0)
         beyond = self.next.max() >= n_states or self.move.max() >= n_tops or self.move.min() < POP

@@ -129,9 +129,8 @@ class PushdownConstraint(Constraint):
         n_left = context.n_new - context.step - 1
         here, below = state["levels"][rows, level], state["levels"][rows, (level - 1).clamp(min=0)]  # (B, S, N + 1)
         room = self.pda.depth - level - 1  # after a push
-        popped = state["shared"]["popped"][
-            room.clamp(min=0), ..., : n_left + 1
-        ]  # (B, S, G, S', i), then the rest in n_left - i
+        # (B, S, G, S', i): what is pushed goes in i tokens, then the rest in n_left - i.
+        popped = state["shared"]["popped"][room.clamp(min=0), ..., : n_left + 1]
         pushed = torch.einsum("bsgqi,bqi->bgs", popped, here[..., : n_left + 1].flip(-1))
         pushed = pushed * (room >= 0)[:, None, None]
         nothing = torch.zeros_like(pushed[:, 0, :1])

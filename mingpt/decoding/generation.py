@@ -89,16 +89,13 @@ def generate(
         chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
             logits = rows.process_logits(rows.next_logits(), forbidden_mass_record)
-            if seed is None:
-                rows.require_choice(logits.amax(dim=-1))
-                chosen = logits.argmax(dim=-1)
-            else:
+            if seed is not None:
                 logits = logits / temperature
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                     logits = logits.masked_fill(logits < least, float("-inf"))
-                rows.require_choice(logits.amax(dim=-1), is_sampled=True)
-                chosen = _draw(logits, uniform(seed, step, numbers[rows.origin]))
+            rows.require_choice(logits.amax(dim=-1), is_sampled=seed is not None)
+            chosen = logits.argmax(dim=-1) if seed is None else _draw(logits, uniform(seed, step, numbers[rows.origin]))
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
         if stop_token is not None:
@@ -215,19 +212,19 @@ class Decoding:
 
     def process_logits(self, logits: Tensor, forbidden_mass_record: list[Tensor] | None = None) -> Tensor:
         """The logits (B, V) after all processors."""
-        allowed, forbidden_mass = self._ask(), []
+        allowed = self._ask()
+        # Not a number where a row has ended.
+        forbidden_mass = logits.new_full((self._n_rows, len(allowed)), float("nan"))
         for number, processor in enumerate(self.processors):
             if number not in allowed:
                 self._states[number], logits = processor.process(self._states[number], logits, self.context)
                 continue
             if forbidden_mass_record is not None:
-                forbidden_mass.append(1 - (F.softmax(logits, dim=-1) * allowed[number]).sum(dim=-1))
+                mass = 1 - (F.softmax(logits, dim=-1) * allowed[number]).sum(dim=-1)
+                forbidden_mass[self.origin, list(allowed).index(number)] = mass
             logits = logits.masked_fill(~allowed[number], float("-inf"))
         if forbidden_mass_record is not None:
-            record = logits.new_full((self._n_rows, len(forbidden_mass)), float("nan"))
-            if forbidden_mass:
-                record[self.origin] = torch.stack(forbidden_mass, dim=1)
-            forbidden_mass_record.append(record)
+            forbidden_mass_record.append(forbidden_mass)
         return logits
 
     def require_choice(self, best: Tensor, is_sampled: bool = False) -> None:

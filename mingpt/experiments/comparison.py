@@ -84,7 +84,7 @@ def compare(
     full fine-tuning has all weights, a soft prompt no more positions than the run has placeholders for a prefix.
 
     Args:
-        config: of the run; ``prefix`` is the budget of every method, but for its learning rate, which decays all the way.
+        config: of the run; ``prefix`` is the budget of every method, but for its learning rates.
         run: the folder, whose model and prefixes are read, or made first. Each result is kept in its folder
             ``comparison/<method>``, and is not computed again.
         tasks: K of them.

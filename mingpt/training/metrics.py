@@ -77,8 +77,7 @@ class MetricsLogger(contextlib.ExitStack):
             line = {"iter": iter_num, "loss": value if math.isfinite(value) else None}
             line |= {"learning_rate": learning_rate, "iter_dt": iter_dt}
             line |= {"accuracies": accuracies} if accuracies else {}
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            print(json.dumps(line, allow_nan=False), file=self._file, flush=True)
         if self._writer is not None:
             self._writer.add_scalar("loss", value, iter_num)
             self._writer.add_scalar("learning_rate", learning_rate, iter_num)

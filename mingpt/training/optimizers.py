@@ -54,10 +54,8 @@ class Muon(Optimizer):
                 p.mul_(1 - rate * group["weight_decay"])
                 update = update if update.shape == p.shape else update.T
                 p.add_(update, alpha=-0.2 * rate * math.sqrt(n_columns))
-        self.others.param_groups, self.others.state = (
-            self.param_groups[1:],
-            self.state,
-        )  # load_state_dict makes new ones
+        # load_state_dict makes new ones
+        self.others.param_groups, self.others.state = self.param_groups[1:], self.state
         self.others.step()
 
 

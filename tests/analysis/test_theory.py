@@ -87,8 +87,8 @@ def test_what_is_not_a_prefix_does_change_it():
     before = attention_invariance(model, prefix, x)
     original = model.blocks[1].attn.forward
 
-    def forward(normed, kv_cache=None, *arguments):
-        return original(normed if kv_cache is None else normed + 0.1 * torch.arange(8.0), kv_cache, *arguments)
+    def forward(normed, kv_cache=(), *arguments):
+        return original(normed + 0.1 * torch.arange(8.0) if kv_cache else normed, kv_cache, *arguments)
 
     model.blocks[1].attn.forward = forward
     after = attention_invariance(model, prefix, x)
