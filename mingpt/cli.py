@@ -221,7 +221,7 @@ def pretrain(**options: Any) -> None:
 @cli.command()
 @click.argument("tasks", nargs=-1, required=True, callback=_parse_tasks, metavar="TASK...")
 @_train_options
-@click.option("--kind", type=click.Choice(["activation", "key_value", "prompt"]), default="activation")
+@click.option("--kind", type=click.Choice(["activation", "key_value", "prompt"]), default="key_value")
 @_json_option
 def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
     """Train a prefix for each TASK and evaluate it.

@@ -497,10 +497,10 @@ def test_an_export_that_fails_half_way_leaves_nothing(run, folder, tmp_path, mon
 
 def test_tables_are_one_json_document_on_standard_output(run, folder, files):
     results = json.loads(run("reproduce", "--run", folder, "--json")[1])
-    assert results["tasks"]["Add1"]["with"]["n_rows"] == 10
+    assert results["tasks"]["Add1"]["key_value"]["n_rows"] == 10
     code, out, err = run("eval", "--run", folder, "--rows", 10, "--json", "Add1")
     assert code == 0, err
-    assert json.loads(out)["Add1"] == results["tasks"]["Add1"]["with"]
+    assert json.loads(out)["Add1"] == results["tasks"]["Add1"]["key_value"]
 
 
 def test_inspect_says_what_a_file_is(run, folder):

@@ -120,7 +120,8 @@ def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name
     budget.trainer = budget.prefix
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):
-        found, _ = pipeline.train_prefixes(config, model, [*PRETRAINING_TASKS, *TEST_TASKS], run)
+        every_task, own_folder = [*PRETRAINING_TASKS, *TEST_TASKS], pipeline.KINDS[method.kind]
+        found, _ = pipeline.train_prefixes(config, model, every_task, run, own_folder, method.kind)
         known = {str(task): found[str(task)] for task in PRETRAINING_TASKS}
     shared = {
         "stage": "compare",

@@ -7,8 +7,9 @@ a prefix, a LoRA or a fine-tuned model of other settings is made beside the one 
     config.json                        the run's settings, the default of every command on the folder
     model.safetensors                  the pretrained model
     pretraining/                       metrics.jsonl, and state.safetensors until the stage is done
-    prefixes/<task>.safetensors        one prefix each
+    prefixes/<task>.safetensors        one key_value prefix each, what the commands use
     prefixes/training-<hash>/          the same of the prefixes that were trained together
+    activation_prefixes/               the same of the experiment's activation prefixes
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from mingpt.training.metrics import RUNTIME_KEYS
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
+
+KINDS = {"activation": "activation_prefixes", "key_value": "prefixes"}
+"""The kinds of prefix of the experiment, the seed notebook's first, and the folder in a run that each has."""
 
 Init = str | Sequence[int] | Tensor
 """What a prefix is initialised from: see ``mingpt.prefix.initial_prefix``; or a prefix, or K of them."""

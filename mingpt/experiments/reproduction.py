@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from mingpt import distributed
 from mingpt.analysis.figures import read_metrics
 from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, predict
-from mingpt.experiments.pipeline import dataset, pretrain, train_prefixes
+from mingpt.experiments.pipeline import KINDS, dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import beside, cached_json
@@ -37,9 +37,6 @@ logger = logging.getLogger("mingpt")
 
 EVERY_TASK = (*PRETRAINING_TASKS, *TEST_TASKS)
 """The sixteen tasks of the experiment."""
-
-KINDS = {"activation": "activation_prefixes", "key_value": "prefixes"}
-"""The kinds of prefix in the table, the seed notebook's first, and the folder in a run that each has."""
 
 MIXED = "all seven mixed"
 

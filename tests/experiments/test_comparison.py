@@ -99,7 +99,7 @@ def test_a_prefix_starts_from_the_known_one_that_fits_best(compared):
     folder, _ = compared
     config = tiny_config()
     model, _ = pipeline.pretrain(config, folder)
-    loaded = weights.load_prefixes(folder / "prefixes", model)
+    loaded = weights.load_prefixes(folder / "activation_prefixes", model)
     known = {str(task): loaded[str(task)] for task in PRETRAINING_TASKS}
     inits = comparison._init(config, model, TASKS, "prefix", 10, known)
     for init, task in zip(inits, TASKS, strict=True):

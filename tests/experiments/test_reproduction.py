@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import Score, bayes_loss
+from mingpt.evaluation import Score, bayes_loss, predict
 from mingpt.experiments import pipeline, presets, reproduction
 from mingpt.experiments.reproduction import EVERY_TASK
 from mingpt.prefix import Prefix, initial_prefix
 from mingpt.storage import weights
 from mingpt.storage.checkpoint import CheckpointError
-from mingpt.tasks import Add1, InverseBinary, SortAscending, SortDescending
+from mingpt.tasks import Add1, InverseBinary, Modulo, SortAscending, SortDescending
 from mingpt.trainer import Trainer
 
 
@@ -28,6 +28,7 @@ def tiny_config(**overrides):
         "trainer.batch_size": 14,
         "prefix.max_iters": 3,
         "prefix.batch_size": 2,
+        "prefix.validate_every": 2,
         "evaluation.n_rows": 12,
         "evaluation.n_matrix_rows": 6,
     }
@@ -50,15 +51,21 @@ def test_a_run_leaves_everything_that_it_promises(finished):
         "results.json",
         "model.safetensors",
         "prefixes/SortAscending+Add1.safetensors",
+        "activation_prefixes/SortAscending+Add1.safetensors",
         "pretraining/metrics.jsonl",
         "figures/matrix.png",
         "figures/prefix_effect.png",
         "figures/pretraining.png",
+        "figures/curves.png",
         "figures/attention_none.png",
     } <= files
     assert len(list(folder.glob("prefixes/training-*/metrics.jsonl"))) == 1
     assert list(results["tasks"]) == [str(task) for task in EVERY_TASK]
-    assert {row["with"]["n_rows"] for row in results["tasks"].values()} == {12}
+    for kind in reproduction.KINDS:
+        assert {row[kind]["n_rows"] for row in results["tasks"].values()} == {12}
+        assert list(results["n_iters"][kind]) == list(results["tasks"])
+        # A validation after 2 of 3 iterations.
+        assert {tuple(x for x, _ in curve) for curve in results["curves"][kind].values()} == {(2,)}
     assert json.loads((folder / "results.json").read_text())["value"] == results
 
 
@@ -66,13 +73,14 @@ def test_the_figures_are_those_of_the_models_on_disk(finished):
     folder, results = finished
     config = tiny_config()
     model, _ = weights.load_model(folder / "model.safetensors")
-    prefixes = weights.load_prefixes(folder / "prefixes", model)
-    prefixes = {str(task): prefixes[str(task)] for task in EVERY_TASK}
+    loaded = {kind: weights.load_prefixes(folder / name, model) for kind, name in reproduction.KINDS.items()}
+    assert {prefix.kind for prefix in loaded["activation"].values()} == {"activation"}
+    prefixes = {kind: {str(task): own[str(task)] for task in EVERY_TASK} for kind, own in loaded.items()}
     found = reproduction.evaluate_run(config, model, prefixes, EVERY_TASK)
     assert found == {key: results[key] for key in ("mixed", "tasks", "matrix")}
-    with_prefix, without = reproduction.scores_of(results)
+    with_prefix, without = reproduction.scores_of(results, "key_value", "without")
     for name, row in found["tasks"].items():
-        assert (with_prefix[name].to_dict(), without[name].to_dict()) == (row["with"], row["without"])
+        assert (with_prefix[name].to_dict(), without[name].to_dict()) == (row["key_value"], row["without"])
 
 
 def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
@@ -80,9 +88,8 @@ def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
     assert list(table.index) == [*map(str, EVERY_TASK), reproduction.MIXED]
     for task in EVERY_TASK:
         row, cells = finished[1]["tasks"][str(task)], table.loc[str(task)]
-        score = Score.from_dict(row["with"])
-        assert cells["with its prefix"] == 100 * score.accuracy
-        assert (cells["low"], cells["high"]) == tuple(100 * end for end in score.confidence_interval)
+        for kind in reproduction.KINDS:
+            assert cells[f"{kind} prefix"] == 100 * Score.from_dict(row[kind]).accuracy
         published = reproduction.PUBLISHED["with"].get(str(task))
         assert cells["published, with"] == published or (published is None and math.isnan(cells["published, with"]))
         assert math.isnan(cells["as a chain"]) == (len(task.tasks) == 1) == (row["chain"] is None)
@@ -92,9 +99,44 @@ def test_the_table_has_a_row_for_each_task_with_the_published_figures(finished):
     assert f"{table.loc['SortAscending+Add1', 'as a chain']:.2f}" in line.split()
 
 
+def test_what_is_not_at_its_plateau_is_marked(finished):
+    results = json.loads(json.dumps(finished[1]))
+    results["n_iters"]["activation"]["Add1"] = 2
+    lines = {line.split()[0]: line for line in reproduction.format_table(results).splitlines() if line}
+    assert (lines["Add1"].count("*"), lines["Modulo"].count("*")) == (1, 2)
+    assert "*: not at its plateau after 3 iterations" in reproduction.format_table(results)
+
+
+def test_test_rows_are_read_only_after_the_last_training(tmp_path, monkeypatch):
+    """So no rate, size or stop can have been chosen on them."""
+    events, original_rows, original_step = [], CustomDataset.rows, Trainer._step
+    monkeypatch.setattr(CustomDataset, "rows", lambda self, i: (events.append(self.split), original_rows(self, i))[1])
+    monkeypatch.setattr(Trainer, "_step", lambda self, *xy: (events.append("step"), original_step(self, *xy))[1])
+    reproduction.reproduce(tiny_config(), tmp_path, [Add1(), SortAscending() + Add1()])
+    last_step = len(events) - events[::-1].index("step")
+    assert {"train", "validation"} <= set(events[:last_step])
+    assert "test" not in events[:last_step]
+    assert "test" in events[last_step:]
+
+
+def test_a_chain_is_what_its_prefixes_answer_one_after_the_other(finished):
+    folder, results = finished
+    model, prefixes, _ = pipeline.load_run(folder)
+    task = SortAscending() + Add1()
+    data = pipeline.dataset(tiny_config(), "test", [task])
+    inputs, solutions = data.rows(range(12))
+    first = predict(model, inputs, data.prefix_padding, prefixes["SortAscending"])
+    score = Score.of(predict(model, first, data.prefix_padding, prefixes["Add1"]), solutions, inputs)
+    assert results["tasks"][str(task)]["chain"] == score.to_dict()
+    found = reproduction.evaluate_chains(tiny_config(), model, prefixes, [Add1(), task, SortDescending() + Modulo()])
+    assert found.keys() == {str(task), "SortDescending+Modulo"}
+    del prefixes["Add1"]
+    assert not reproduction.evaluate_chains(tiny_config(), model, prefixes, [task])
+
+
 def test_the_same_command_again_does_nothing(finished, monkeypatch):
     folder, results = finished
-    for name in ("evaluate_run", "evaluate_chain", "draw_figures"):
+    for name in ("evaluate_run", "evaluate_chains", "draw_figures"):
         monkeypatch.setattr(reproduction, name, None)
     monkeypatch.setattr(reproduction.distributed, "map_over_ranks", None)
     assert reproduction.reproduce(tiny_config(), folder) == results
@@ -184,7 +226,7 @@ def test_a_run_cut_off_in_any_stage_ends_with_the_same_results(finished, tmp_pat
         assert not (tmp_path / "results.json").exists()
     resumed = reproduction.reproduce(tiny_config(**settings), tmp_path)
     assert {"Trainer", "PrefixTrainer"} == set(steps)
-    assert len(steps) < 2 * (4 + 3)
+    assert len(steps) < 2 * (4 + 3) + 3
     for key in ("tasks", "mixed", "matrix"):
         assert resumed[key] == results[key]
 
