@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt.decoding import generation
-from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerKV, n_positions, pieces_of
+from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerKV, n_filled, n_positions, pieces_of
 from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
 from mingpt.utils import CfgNode, nearest
 
@@ -89,15 +89,15 @@ class CausalSelfAttention(nn.Module):
             kv_cache = [*cached, (keys, values)]
         pieces = pieces_of(kv_cache)
         scores = torch.cat([_product(queries, keys.mT) for keys, _ in pieces], dim=-1) / math.sqrt(queries.shape[-1])
-        n_queries, n_seen = scores.shape[-2:]
-        if n_queries > 1:
-            is_later = torch.ones(n_queries, n_seen, dtype=torch.bool, device=x.device).triu(n_seen - n_queries + 1)
+        (n_queries, n_keys), n_seen = scores.shape[-2:], n_filled(kv_cache)
+        if n_queries > 1 or n_keys > n_seen:
+            is_later = torch.ones(n_queries, n_keys, dtype=torch.bool, device=x.device).triu(n_seen - n_queries + 1)
             scores = scores.masked_fill(is_later, float("-inf"))
         weights = F.softmax(scores, dim=-1, dtype=torch.float32)  # (G, H, N, T', S + T)
         parts = self.attn_dropout(weights.to(values.dtype)).split([keys.shape[-2] for keys, _ in pieces], dim=-1)
         mixed = reduce(torch.add, (_product(part, values) for part, (_, values) in zip(parts, pieces, strict=True)))
         mixed = mixed.permute(0, 2, 3, 1, 4).reshape(len(x), n_queries, self.n_embd)  # (B, T', C)
-        return self.resid_dropout(self.c_proj(mixed)), kv_cache, weights
+        return self.resid_dropout(self.c_proj(mixed)), kv_cache, weights[..., :n_seen]
 
 
 def _product(rows: Tensor, matrices: Tensor) -> Tensor:
