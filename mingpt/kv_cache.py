@@ -22,8 +22,8 @@ training step takes 1.7 to 1.9 times as long when every row has its own copy; wi
 class KVCache:
     """One layer's keys and values while a batch is decoded, with room for all positions from the start.
 
-    Appending writes into that room, so nothing is copied for a new token, and shapes stay the same. Attention is over all
-    of the room, since a product with the filled part, which is not contiguous, would copy it. Gradients do not pass
+    Appending writes into that room, so nothing is copied for a new token, and shapes stay the same. Attention is over
+    all of the room, since a product with the filled part, which is not contiguous, would copy it. Gradients do not pass
     through it.
     """
 
