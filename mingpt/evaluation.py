@@ -216,7 +216,8 @@ def constraint_effect(
         n_rows: how many rows.
         options: batch_size, precision; see ``predict``.
     """
-    free = evaluate(model, dataset, prefixes, n_rows, **options)
+    inputs, solutions = _rows(model, dataset, n_rows)  # generated too, so that rounding is the same in both
+    free = Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions, inputs)
     record: list[Tensor] = []
     options |= {"logits_processors": tuple(constraints), "forbidden_mass_record": record}
     constrained = evaluate(model, dataset, prefixes, n_rows, **options)

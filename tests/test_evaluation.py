@@ -6,6 +6,7 @@ Legend: N rows, L row length, P prefix positions.
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,7 @@ from mingpt.evaluation import (
     predict,
     score_table,
 )
+from mingpt.experiments.pipeline import load_run
 from mingpt.prefix import Prefix
 from mingpt.tasks import (
     PRETRAINING_TASKS,
@@ -795,3 +797,47 @@ def test_bayes_loss_of_the_first_elements_range():
 def test_bayes_loss_of_the_seven_is_what_it_was():
     dataset = CustomDataset("test", PRETRAINING_TASKS, prefix_padding=10)
     assert bayes_loss(dataset) == pytest.approx(0.133616793895218, abs=1e-15)
+
+
+# ------------------------------------------------------------------------------- one pass instead of decoding
+
+
+def right_by_both_ways(model, inputs, targets, padding, prefix):
+    """Which outputs are right so far, row by row: the same by one pass over inputs and targets as by generating."""
+    answers = predict(model, inputs, padding, prefix, precision="float32")
+    own = predict(model, inputs, padding, prefix, precision="float32", solutions=targets)
+    found, expected = (np.logical_and.accumulate(each == targets, axis=1) for each in (own, answers))
+    assert np.array_equal(found, expected)
+    return expected
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_one_pass_agrees_with_decoding_on_models_that_were_not_trained(n_layer):
+    """The targets are the model's own answers, with a wrong token somewhere in half of the rows."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        model = random_model(seed, n_layer=n_layer)
+        inputs = rng.integers(11, size=(400, 5))
+        for prefix in (None, torch.randn(n_layer, 2, 24), torch.randn(n_layer, 2, 2, 24), torch.randn(2, 24)):
+            targets = predict(model, inputs, 2, prefix, precision="float32")
+            targets[np.arange(200), rng.integers(5, size=200)] = rng.integers(11, size=200)
+            is_right = right_by_both_ways(model, inputs, targets, 2, prefix)[:, -1]
+            assert is_right[200:].all()
+            assert is_right[:200].mean() < 0.7
+
+
+@pytest.mark.slow
+def test_one_pass_agrees_with_decoding_on_100_000_rows_of_a_trained_model():
+    """With the prefix of each task, without one, and with another task's."""
+    model, prefixes, description = load_run(Path(__file__).parents[1] / "checkpoints" / "laptop", "cpu")
+    names, n_rows = list(prefixes), 2100
+    shares = []
+    for name, other in zip(names, names[1:] + names[:1], strict=True):
+        data = CustomDataset.from_description(description["data"], split="test", tasks=[Task.parse(name)])
+        inputs, solutions = data.rows(range(n_rows))
+        for prefix in (None, prefixes[name], prefixes[other]):
+            is_right = right_by_both_ways(model, inputs, solutions, data.prefix_padding, prefix)
+            shares += [is_right[:, -1].mean()]
+    assert len(shares) * n_rows > 100_000
+    assert min(shares) == 0
+    assert max(shares) == 1

@@ -300,7 +300,8 @@ def validation_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, floa
     for ax, (task, curves) in zip(grid, panels.items(), strict=True):
         for (kind, curve), color in zip(curves.items(), sns.color_palette("colorblind"), strict=False):
             ax.plot([x for x, _ in curve], [100 * y for _, y in curve], color=color, linewidth=1.3, label=kind)
-        ax.set(xlabel="iteration", ylim=(-3, 103), title=task)
+        ax.set(xlabel="iteration", ylim=(-3, 103))
+        ax.set_title(task, fontsize=9)
     grid[0].set_ylabel("accuracy in percent", fontsize=9)
     grid[0].legend(frameon=False, fontsize=8)
     return figure

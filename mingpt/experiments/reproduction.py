@@ -285,10 +285,10 @@ def draw_figures(
             floor=results["bayes_loss"],
         ),
     }
-    slow = sorted(results["tasks"], key=lambda task: results["n_iters"]["key_value"][task], reverse=True)[:4]
+    hard = sorted(with_prefix, key=lambda task: with_prefix[task].accuracy)[:4]
     found["curves"] = draw.validation_curves(
-        {task: {kind: results["curves"][kind][task] for kind in KINDS} for task in slow},
-        "Accuracy on validation rows, tasks that take longest",
+        {task: {kind: results["curves"][kind][task] for kind in KINDS} for task in hard},
+        "Accuracy on validation rows while prefixes are trained",
     )
     # What the model looks at while it solves a row, without a prefix and with one.
     name = next(iter(prefixes))
