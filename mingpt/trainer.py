@@ -478,7 +478,8 @@ class PrefixTrainer(AdapterTrainer):
         """Train the prefixes; the model's weights get no gradient and do not change."""
         n_prefixes, forever = self._prefix.n_prefixes, torch.iinfo(torch.int64).max
         self.n_iters = torch.full((n_prefixes,), forever if self.config.max_iters is None else self.config.max_iters)
-        self._best, self._best_at = torch.full((n_prefixes,), -1.0), torch.zeros(n_prefixes, dtype=torch.int64)
+        self._best = torch.full((n_prefixes,), -1.0, dtype=torch.float64)
+        self._best_at = torch.zeros(n_prefixes, dtype=torch.int64)
         super().run()
 
     @property
@@ -505,7 +506,7 @@ class PrefixTrainer(AdapterTrainer):
         return values.view(self._prefix.values.shape)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
-        tensors = self.trainable_parameters()
+        tensors = self.trainable_parameters() if self.config.validate_every else []
         before = [tensor.detach().clone() for tensor in tensors]
         super()._step(x, y)
         if self.config.validate_every:
