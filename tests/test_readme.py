@@ -28,6 +28,7 @@ SMALLER = {
     r"prefix\.max_iters=3000": "prefix.max_iters=3",
     r"^make ": f"make --dry-run --directory {shlex.quote(str(REPOSITORY))} ",
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
+    r"^mingpt compare ": "mingpt compare --methods activation,prompt --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",
     r"runs/seed": "runs/smoke",
     r"-- reproduce ": "-- reproduce --preset smoke ",
