@@ -95,13 +95,12 @@ class CfgNode:
     def __init__(self, **kwargs: Any):
         self.__dict__.update(_defaults=None, _choices={}, **kwargs)  # the defaults are the values when it was closed
 
-    def close(self, **choices: Sequence[Any] | None) -> CfgNode:
+    def close(self, **choices: Sequence[Any]) -> CfgNode:
         """Fix the set of keys and their defaults; a new key set after this is warned about.
 
         Args:
             choices: the only values that some keys take, ``close(progress=("auto", True, False))``. Any other key
-                takes values of its default's type, and any value where the default is None. ``close(rate=None)`` says
-                that a key takes None too although its default is a number.
+                takes values of its default's type, and any value where the default is None.
 
         Returns:
             The node itself.
@@ -214,8 +213,7 @@ class CfgNode:
         if isinstance(value, CfgNode):
             raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(value.to_dict())}")
         declared = (node._defaults or node.__dict__).get(name)
-        takes_none = isinstance(declared, str | None) or node._choices.get(name, ()) is None
-        return node, name, value if declared is None else declared, takes_none
+        return node, name, value if declared is None else declared, isinstance(declared, str | None)
 
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list of as many values"}

@@ -215,8 +215,8 @@ def test_the_defaults_of_the_package_are_typed():
     config.merge_from_args(["--trainer.max_iters=none", "--model.gelu_approximate=none", "--trainer.device=cuda:1"])
     assert (config.trainer.max_iters, config.model.gelu_approximate) == (None, "none")
     assert config.trainer.device == "cuda:1"
-    config.override("prefix.converged_loss", None)
-    assert config.prefix.converged_loss is None
+    config.override("prefix.validate_every", None)
+    assert config.prefix.validate_every is None
     for text in ("abc", "1e-2", "none"):
         with pytest.raises(ValueError, match=r"'trainer.batch_size' takes an integer"):
             config.merge_from_args([f"--trainer.batch_size={text}"])
@@ -231,21 +231,6 @@ def test_a_key_without_a_default_keeps_the_type_that_it_was_given():
     config.max_iters = 700
     with pytest.raises(ValueError, match="'max_iters' takes an integer, got 'abc'"):
         config.merge_from_args(["--max_iters=abc"])
-
-
-def test_a_key_can_be_declared_to_take_none():
-    """As converged_loss, 0.0 by default, where None means never too."""
-    config = CfgNode(rate=0.5, other=0.5).close(rate=None)
-    config.override("rate", None)
-    assert config.rate is None
-    config.merge_from_args(["--rate=2", "--rate=none"])
-    assert config.rate is None
-    config.merge_from_args(["--rate=2"])
-    assert type(config.rate) is float
-    with pytest.raises(ValueError, match="'rate' takes a number, got 'abc'"):
-        config.merge_from_args(["--rate=abc"])
-    with pytest.raises(ValueError, match="'other' takes a number, got None"):
-        config.merge_from_args(["--other=none"])
 
 
 def test_override_takes_values_of_the_keys_type():
