@@ -102,7 +102,7 @@ _load_options = _all_of(
 )
 _train_options = _all_of(
     _load_options,
-    click.option("--preset", metavar="NAME", help="smoke, laptop or seed. [the run's, or laptop]"),
+    click.option("--preset", metavar="NAME", help="smoke, laptop, thorough or seed. [the run's, or laptop]"),
     click.option("--seed", type=int, help="For the data and the initial weights. [the run's, or 0]"),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=_SET_HELP),
 )

@@ -96,7 +96,8 @@ def evaluate(
     """Count the rows, of the dataset's first ``n_rows``, whose every output token is right in a greedy answer.
 
     That is so where each token of the solution is the likeliest after those before it. One pass over inputs and
-    solutions tells, without decoding; only with logits processors the answers are generated.
+    solutions tells, without decoding; only with logits processors, or a record of what they
+    forbid, the answers are generated.
 
     Args:
         model: a GPT.
@@ -110,7 +111,8 @@ def evaluate(
             the dataset's prefix_padding.
     """
     inputs, solutions = _rows(model, dataset, n_rows)
-    known = None if options.get("logits_processors") else solutions
+    is_generated = options.get("logits_processors") or options.get("forbidden_mass_record") is not None
+    known = None if is_generated else solutions
     outputs = predict(model, inputs, dataset.prefix_padding, prefixes, **options, solutions=known)
     return Score.of(outputs, solutions, inputs)
 
@@ -217,10 +219,10 @@ def constraint_effect(
         options: batch_size, precision; see ``predict``.
     """
     inputs, solutions = _rows(model, dataset, n_rows)  # generated too, so that rounding is the same in both
-    free = Score.of(predict(model, inputs, dataset.prefix_padding, prefixes, **options), solutions, inputs)
     record: list[Tensor] = []
-    options |= {"logits_processors": tuple(constraints), "forbidden_mass_record": record}
-    constrained = evaluate(model, dataset, prefixes, n_rows, **options)
+    processors = {"logits_processors": tuple(constraints), "forbidden_mass_record": record}
+    answers = (predict(model, inputs, dataset.prefix_padding, prefixes, **options, **own) for own in ({}, processors))
+    free, constrained = (Score.of(each, solutions, inputs) for each in answers)
     steps = [torch.cat(record[step :: dataset.length]) for step in range(dataset.length)]
     kept = 1 - torch.stack(steps)  # (L, N, constraints), of what the ones before had left
     forbidden_mass = 1 - kept.prod(dim=2).mean(dim=1)
@@ -237,7 +239,8 @@ def accuracy_matrix(
     """Score every prefix on the one task of every dataset.
 
     The model answers once for each prefix and each different set of input rows. All tasks that are posed on these rows
-    grade the same answers. A cell is what ``evaluate`` gives for that prefix and dataset.
+    grade the same answers. A cell is what ``evaluate`` gives for that prefix and dataset, up to near-ties
+    in bfloat16, since answers are generated here.
 
     Args:
         model: a GPT.

@@ -28,7 +28,7 @@ from mingpt.prefix import Prefix, Reparametrization, as_prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
 from mingpt.training import batches
-from mingpt.training.metrics import RUNTIME_KEYS, MetricsLogger
+from mingpt.training.metrics import MetricsLogger, recipe
 from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.utils import CfgNode
@@ -316,12 +316,11 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """What identifies the run, together with ``cache_key``: a checkpoint of one run does not resume another."""
-        recipe = {key: value for key, value in self.config.to_dict().items() if key not in RUNTIME_KEYS}
         config, data = getattr(self.model, "config", None), cast(Any, self.train_dataset)
         is_described, n_examples = callable(getattr(data, "describe", None)), getattr(data, "__len__", lambda: None)()
         return {
             "trainer": type(self).__name__,
-            "recipe": recipe | {"precision": self.precision},
+            "recipe": recipe(self.config) | {"precision": self.precision},
             "model": config.to_dict() if isinstance(config, CfgNode) else None,
             "data": data.describe() if is_described else {"type": type(data).__name__, "n_examples": n_examples},
             "trained": {name: list(tensor.shape) for name, tensor in self.trained_tensors().items()},

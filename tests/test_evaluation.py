@@ -841,3 +841,9 @@ def test_one_pass_agrees_with_decoding_on_100_000_rows_of_a_trained_model():
     assert len(shares) * n_rows > 100_000
     assert min(shares) == 0
     assert max(shares) == 1
+
+
+def test_a_record_of_what_is_forbidden_is_filled_without_processors_too():
+    record = []
+    evaluate(random_model(), make_dataset(Add1(), num_digits=8), n_rows=6, forbidden_mass_record=record)
+    assert [tuple(each.shape) for each in record] == [(6, 0)] * L

@@ -169,7 +169,7 @@ def accuracy_matrix_figure(matrix: DataFrame, title: str = "", rows: str = "pref
 
 
 def position_accuracy_figure(scores: Mapping[str, Score], title: str = "") -> Figure:
-    """Draw how often each output position is right, in percent: one row for each score, columns 1 to L.
+    """Draw how many rows are right up to each output position, in percent: a row for each score, columns 1 to L.
 
     Args:
         scores: by name, each with ``by_position`` of the same length.
@@ -302,7 +302,7 @@ def validation_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, floa
             ax.plot([x for x, _ in curve], [100 * y for _, y in curve], color=color, linewidth=1.3, label=kind)
         ax.set(xlabel="iteration", ylim=(-3, 103))
         ax.set_title(task, fontsize=9)
-    grid[0].set_ylabel("accuracy in percent", fontsize=9)
+    grid[0].set_ylabel("accuracy in percent")
     grid[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -24,7 +24,7 @@ from mingpt.prefix import Prefix, Reparametrization, average, initial_prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.training.metrics import RUNTIME_KEYS
+from mingpt.training.metrics import recipe
 from mingpt.utils import CfgNode, nearest
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name
     budget.trainer = budget.prefix
     known: dict[str, Prefix] = {}
     if method.init in ("prefix", "mean"):
-        every_task, own_folder = [*PRETRAINING_TASKS, *TEST_TASKS], pipeline.KINDS[method.kind]
-        found, _ = pipeline.train_prefixes(config, model, every_task, run, own_folder, method.kind)
+        own_folder = pipeline.KINDS[method.kind]
+        found, _ = pipeline.train_prefixes(config, model, pipeline.EVERY_TASK, run, own_folder, method.kind)
         known = {str(task): found[str(task)] for task in PRETRAINING_TASKS}
     shared = {
         "stage": "compare",
@@ -130,7 +130,7 @@ def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name
         "size": size,
         "model": weights_hash(model),
         "known": {task: checksum({"values": prefix.values}) for task, prefix in known.items()},
-        "recipe": {key: value for key, value in budget.prefix.to_dict().items() if key not in RUNTIME_KEYS},
+        "recipe": recipe(budget.prefix),
         "evaluation": {"n_rows": config.evaluation.n_rows, "precision": config.evaluation.precision},
     }
     folder = run / "comparison" / name

@@ -34,10 +34,13 @@ from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, wri
 from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config
-from mingpt.training.metrics import RUNTIME_KEYS
+from mingpt.training.metrics import recipe
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
+
+EVERY_TASK = (*PRETRAINING_TASKS, *TEST_TASKS)
+"""The sixteen tasks of the experiment."""
 
 KINDS = {"activation": "activation_prefixes", "key_value": "prefixes"}
 """The kinds of prefix of the experiment, the seed notebook's first, and the folder in a run that each has."""
@@ -54,7 +57,7 @@ def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset
     )
 
 
-def build_model(config: CfgNode, tasks: Sequence[Task] = (*PRETRAINING_TASKS, *TEST_TASKS)) -> GPT:
+def build_model(config: CfgNode, tasks: Sequence[Task] = EVERY_TASK) -> GPT:
     """A fresh model with a token for everything that one of the tasks reads or produces."""
     data = dataset(config, "train", tasks)
     model_config = GPT.get_default_config()
@@ -221,9 +224,8 @@ def train_prefixes(
     own_metrics = {task: description["metrics"] for task, (_, description) in found.items()}
     if metrics is not None:
         metrics |= own_metrics
-    seconds = {
-        each["training"]: each["seconds"] for each in own_metrics.values()
-    }  # a training's prefixes share its time
+    # The prefixes of one training share its time.
+    seconds = {each["training"]: each["seconds"] for each in own_metrics.values()}
     return {task: prefix for task, (prefix, _) in found.items()}, sum(seconds.values())
 
 
@@ -295,8 +297,7 @@ def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Pref
 
 
 def _cache_key(stage: str, config: CfgNode, budget: CfgNode, data: CustomDataset) -> dict[str, Any]:
-    recipe = {key: value for key, value in budget.to_dict().items() if key not in RUNTIME_KEYS}
-    return {"stage": stage, "seed": config.seed, "data": data.describe(), "recipe": recipe}
+    return {"stage": stage, "seed": config.seed, "data": data.describe(), "recipe": recipe(budget)}
 
 
 def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:

@@ -22,21 +22,18 @@ import torch.nn.functional as F
 from mingpt import distributed
 from mingpt.analysis.figures import read_metrics
 from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, predict
-from mingpt.experiments.pipeline import KINDS, dataset, pretrain, train_prefixes
+from mingpt.experiments.pipeline import EVERY_TASK, KINDS, dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
-from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
+from mingpt.tasks import PRETRAINING_TASKS, Task
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 logger = logging.getLogger("mingpt")
-
-EVERY_TASK = (*PRETRAINING_TASKS, *TEST_TASKS)
-"""The sixteen tasks of the experiment."""
 
 MIXED = "all seven mixed"
 
@@ -100,13 +97,13 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
 
     def compute() -> dict[str, Any]:
         logger.info("evaluating %d prefixes of each kind and none on %d tasks", len(tasks), len(tasks))
+        curves = {kind: _validation_curves(run / name, metrics[kind]) for kind, name in KINDS.items()}
         start = time.perf_counter()
         scores = evaluate_run(config, model, prefixes, tasks)
         seconds["evaluation"] = time.perf_counter() - start
         floor = bayes_loss(dataset(config, "test", PRETRAINING_TASKS))
         found = {"config": config.to_dict(), "seconds": seconds, "bayes_loss": floor} | scores
         n_iters = {kind: {task: each["n_iters"] for task, each in own.items()} for kind, own in metrics.items()}
-        curves = {kind: _validation_curves(run / name, metrics[kind]) for kind, name in KINDS.items()}
         return found | {"n_iters": n_iters, "curves": curves}
 
     results = cached_json(path, key, compute)
@@ -117,13 +114,14 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
 
 def _validation_curves(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """The validation accuracies of each task's prefix, by task, from the metrics of its training."""
-    curves: dict[str, list[tuple[int, float]]] = {task: [] for task in metrics}
-    for training in {each["training"] for each in metrics.values()}:
-        for line in read_metrics(folder / training / "metrics.jsonl"):
-            for task, accuracy in line.get("accuracies", {}).items():
-                if task in curves and metrics[task]["training"] == training:
-                    curves[task].append((line["iter"], accuracy))
-    return curves
+    trainings = {each["training"] for each in metrics.values()}
+    lines = {
+        each: [x for x in read_metrics(folder / each / "metrics.jsonl") if "accuracies" in x] for each in trainings
+    }
+    return {
+        task: [(x["iter"], x["accuracies"][task]) for x in lines[each["training"]] if task in x["accuracies"]]
+        for task, each in metrics.items()
+    }
 
 
 def evaluate_run(
