@@ -28,7 +28,7 @@ from mingpt.prefix import Prefix, Reparametrization, as_prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
 from mingpt.training import batches
-from mingpt.training.metrics import MetricsLogger, recipe
+from mingpt.training.metrics import RUNTIME_KEYS, MetricsLogger
 from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
 from mingpt.utils import CfgNode
@@ -79,6 +79,16 @@ def check_config(config: CfgNode) -> None:
         mistakes.append("parallel = 'fsdp' splits the matrices that optimizer = 'muon' needs full; use adamw")
     if mistakes:
         raise ValueError("\n".join(mistakes))
+
+
+def recipe(config: CfgNode) -> dict[str, Any]:
+    """The settings of a Trainer's configuration that its result is a function of, where they are not the defaults.
+
+    A setting that is new, and changes nothing by default, leaves what is stored valid.
+    """
+    defaults = Trainer.get_default_config().to_dict()
+    unused = RUNTIME_KEYS if config.validate_every else {*RUNTIME_KEYS, "validation_rows", "patience"}
+    return {k: value for k, value in config.to_dict().items() if k not in unused and value != defaults.get(k)}
 
 
 class Trainer:

@@ -24,7 +24,7 @@ from mingpt.prefix import Prefix, Reparametrization, average, initial_prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.training.metrics import recipe
+from mingpt.trainer import recipe
 from mingpt.utils import CfgNode, nearest
 
 if TYPE_CHECKING:

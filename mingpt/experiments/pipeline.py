@@ -33,8 +33,7 @@ from mingpt.storage.cache import CacheKey, beside, cached
 from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
 from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config
-from mingpt.training.metrics import recipe
+from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config, recipe
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch import Tensor
 
@@ -20,11 +20,6 @@ RUNTIME_KEYS = {
     *("metrics_path", "tensorboard_path", "log_every", "progress"),
 }
 """Configuration keys that say where a run is and how it is logged; a run that is resumed may change them."""
-
-
-def recipe(config: CfgNode) -> dict[str, Any]:
-    """The settings of a Trainer's configuration that its result is a function of: all but ``RUNTIME_KEYS``."""
-    return {key: value for key, value in config.to_dict().items() if key not in RUNTIME_KEYS}
 
 
 class MetricsLogger(contextlib.ExitStack):
