@@ -32,6 +32,7 @@ from mingpt.evaluation import Score, evaluate
 from mingpt.experiments import comparison, multistep, pipeline, reproduction
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
+from mingpt.experiments.sweep import Study, run_shard, run_study
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
@@ -261,6 +262,35 @@ def compare(tasks: list[Task], methods: str | None, n_parameters: int | None, as
         matrix = results.pivot_table("accuracy", "method", "task", sort=False)
         figures.accuracy_matrix_figure(matrix, "Methods side by side", rows="method").savefig(path, dpi=150)
     _echo(f"the figure is {path}", err=True)
+
+
+@cli.command()
+@click.argument("file", metavar="STUDY.toml|status")
+@click.option("--processes", type=click.IntRange(min=1), help="On this machine, or of Slurm. [one for each core]")
+@click.option("--slurm", metavar="KEY=VALUE,...", help="Submit to Slurm, such as timeout_min=240,slurm_partition=long.")
+@click.option("--shard", metavar="I/N", help="Compute only every N-th pack of cells, from number I on.")
+@_json_option
+def sweep(file: str, processes: int | None, slurm: str | None, shard: str | None, as_json: bool) -> None:
+    """Compute a study, a grid of methods, tasks, seeds and settings; or with 'status', say how far each is.
+
+    What is there is not computed again. The folder with the study's name gets results.csv.
+    """
+    if file == "status":
+        studies = [Study.read(path) for path in sorted(Path("studies").glob("*.toml"))]
+        states = {str(study.folder): {"done": study.n_done(), "cells": len(study.cells)} for study in studies}
+        text = [f"{name:30} {own['done']:6} of {own['cells']} cells" for name, own in states.items()]
+        _echo_result(states, "\n".join(text) or "no studies/*.toml here", as_json)
+        return
+    study = Study.read(file)
+    if shard:
+        run_shard(study, *map(int, shard.split("/")))
+        return
+    pairs = [item.partition("=") for item in (slurm or "").split(",") if item]
+    parameters = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+    results = run_study(study, processes, None if slurm is None else parameters)
+    table = 100 * results.pivot_table("accuracy", "task", "method", sort=False)
+    _echo_result(results.to_dict("records"), table.to_string(float_format="{:.2f}".format), as_json)
+    _echo(f"all cells are in {study.folder / 'results.csv'}", err=True)
 
 
 @cli.command("eval")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from mingpt.model import GPT
@@ -217,46 +217,6 @@ def initial_prefix(
     with evaluation_mode(model):
         activations = torch.stack(model.block_inputs(idx))[:, 0]
     return (as_key_value(model, activations) if kind == "key_value" else activations).requires_grad_()
-
-
-class Reparametrization(nn.Module):
-    """A small network that makes key_value prefixes while they are trained: ``init + W2 tanh(W1 e + b1) + b2``.
-
-    Each of K prefixes has its own network and embeddings ``e``. After training only its output is kept. W2 and b2 begin
-    at zero, so training begins at ``init``. W1 begins with variance 1 / C and ``e`` with variance 1 / P, so the hidden
-    layer begins where tanh is almost linear.
-
-    Source: Li & Liang 2021, section 4.3, who have no ``init``; the network is PEFT's ``prefix_projection``.
-    """
-
-    init: Tensor
-
-    def __init__(self, init: Tensor):
-        """Make the networks, with hidden layers of C units.
-
-        Args:
-            init: K key_value prefixes, (K, L, 2, P, C).
-
-        Raises:
-            ValueError: if ``init`` has another number of axes.
-        """
-        super().__init__()
-        n_prefixes, n_layer, _, n_positions, n_embd = Prefix("key_value", init).values.shape
-
-        def normal(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape).to(init.device) / shape[-2] ** 0.5)
-
-        self.register_buffer("init", init.detach().clone())
-        self.embedding = normal(n_prefixes, n_positions, n_embd)
-        self.w1, self.b1 = normal(n_prefixes, n_embd, n_embd), nn.Parameter(init.new_zeros(n_prefixes, 1, n_embd))
-        self.w2 = nn.Parameter(init.new_zeros(n_prefixes, n_embd, n_layer * 2 * n_embd))
-        self.b2 = nn.Parameter(init.new_zeros(n_prefixes, 1, n_layer * 2 * n_embd))
-
-    def forward(self) -> Tensor:
-        """The prefixes, (K, L, 2, P, C)."""
-        update = (self.embedding @ self.w1 + self.b1).tanh() @ self.w2 + self.b2  # (K, P, L * 2 * C)
-        n_prefixes, n_layer, _, n_positions, n_embd = self.init.shape
-        return self.init + update.view(n_prefixes, n_positions, n_layer, 2, n_embd).permute(0, 2, 3, 1, 4)
 
 
 # --------------------------------------------------------------------------------------------- algebra of prefixes

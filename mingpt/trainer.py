@@ -1,6 +1,6 @@
-"""The training loop, and what differs when a prefix or a LoRA is trained instead of a model.
+"""The training loop, and what differs when adapters are trained instead of a model.
 
-Legend: B batch, T tokens, P prefix positions, C channels, L layers, K prefixes.
+Legend: B batch, T tokens, P prefix positions, C channels, L layers, K adapters.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mingpt import distributed
+from mingpt.adapters import Adapter, PrefixAdapter
 from mingpt.datasets import IGNORED, CustomDataset
 from mingpt.distributed.sharding import distribute_like, fully_shard
 from mingpt.evaluation import evaluate
-from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization, as_prefix
+from mingpt.prefix import Prefix, as_prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
 from mingpt.training import batches
@@ -35,8 +35,7 @@ from mingpt.utils import CfgNode
 
 AnyDataset = batches.MapDataset | batches.BatchedDataset
 OneOrMore = CustomDataset | Sequence[CustomDataset]
-AnyPrefix = Tensor | Prefix | Reparametrization
-"""What a Trainer trains on; what a PrefixTrainer trains on, a dataset for each prefix, and what it trains."""
+"""What a Trainer trains on; what an AdapterTrainer trains on, a dataset for each adapter."""
 
 LEAST: dict[str, int] = dict.fromkeys(
     ("batch_size", "checkpoint_every", "log_every", "validate_every", "validation_rows"), 1
@@ -370,17 +369,85 @@ class Trainer:
 
 
 class AdapterTrainer(Trainer):
-    """Trains something beside a frozen model; a subclass says which tensors, in ``trained_tensors``."""
+    """Trains adapters of a frozen model, one or several at once.
+
+    K adapters are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added, their
+    gradients clipped and their learning rates decayed one by one, so each ends as if it had been trained alone.
+
+    Attributes:
+        adapter: what is trained.
+        learning_rates: K of them.
+        n_iters: (K,) of int64, after how many iterations each adapter ends; below what was asked where it is at its
+            plateau.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        model: GPT,
+        train_dataset: OneOrMore,
+        adapter: Adapter,
+        learning_rates: Sequence[float] | None = None,
+        max_iters: Sequence[int] | None = None,
+    ):
+        """Get ready to train ``adapter`` in place.
+
+        Args:
+            config: see ``Trainer.get_default_config``; weight decay does not apply to adapters.
+            model: the GPT that the adapter was made for.
+            train_dataset: one dataset, or a list of one for each of the K adapters.
+            adapter: moves to the model's device.
+            learning_rates: of each adapter, the configuration's by default.
+            max_iters: likewise; the configuration's is the most.
+
+        Raises:
+            TypeError: if a list holds anything but CustomDatasets.
+            ValueError: if the adapter does not fit the model or its datasets, or as for ``Trainer``.
+        """
+        data = batches.JointDataset(train_dataset if isinstance(train_dataset, Sequence) else [train_dataset])
+        super().__init__(config, model, data)
+        self.adapter, self._n_adapters = adapter.to(self.device), adapter.n_adapters
+        for what, own in (("datasets", data.datasets), ("learning_rates", learning_rates), ("max_iters", max_iters)):
+            if own is not None and len(own) != self._n_adapters:
+                raise ValueError(f"{self._n_adapters} adapters for {len(own)} {what}; give one adapter a value")
+        prefix = adapter.prefix()
+        if prefix and prefix.n_placeholders > data.prefix_padding:
+            message = (
+                f"prefix_padding = {data.prefix_padding} is too short for {prefix.n_placeholders} prefix positions"
+            )
+            raise ValueError(message)
+        self.learning_rates = list(learning_rates or [config.learning_rate] * self._n_adapters)
+        self._max_iters = list(max_iters or [config.max_iters] * self._n_adapters)
+        self._has_own_rates = len({*self.learning_rates, config.learning_rate}) + len(set(self._max_iters)) > 2
+        self._validation = [dataset.with_split("validation") for dataset in data.datasets]
+        names = [", ".join(map(str, dataset.tasks)) for dataset in data.datasets]
+        self._names = [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"model_checksum": checkpoint.checksum(self.model.state_dict())}
+        own: dict[str, Any] = {}
+        if self._has_own_rates:
+            own = {"learning_rates": self.learning_rates, "max_iters": self._max_iters}
+        return (
+            super().describe()
+            | self.adapter.describe()
+            | own
+            | {"model_checksum": checkpoint.checksum(self.model.state_dict())}
+        )
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         rate, betas = self.config.learning_rate, tuple(self.config.betas)
         return torch.optim.AdamW(self.trainable_parameters(), lr=rate, betas=betas, weight_decay=0.0)
 
+    def trained_tensors(self) -> dict[str, Tensor]:
+        state = {"n_iters": self.n_iters, "best": self._best, "best_at": self._best_at}
+        return dict(self.adapter.named_parameters()) | (state if self.config.validate_every else {})
+
     def run(self) -> None:
-        """Train; the model's weights get no gradient and do not change."""
+        """Train the adapters; the model's weights get no gradient and do not change."""
+        forever = torch.iinfo(torch.int64).max
+        self.n_iters = torch.tensor([forever if own is None else own for own in self._max_iters])
+        self._best = torch.full((self._n_adapters,), -1.0, dtype=torch.float64)
+        self._best_at = torch.zeros(self._n_adapters, dtype=torch.int64)
         required = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in required:
             parameter.requires_grad_(False)
@@ -390,48 +457,86 @@ class AdapterTrainer(Trainer):
             for parameter in required:
                 parameter.requires_grad_(True)
 
+    @property
+    def _numbers(self) -> list[int]:
+        """Which adapters still learn."""
+        return [number for number, n in enumerate(self.n_iters.tolist()) if n > self.iter_num]
+
+    def is_finished(self) -> bool:
+        return not self._numbers
+
+    def index_batches(self) -> Iterator[Sequence[Any]]:
+        """For each iteration, (a dataset's number, its indices) for each adapter that learns."""
+        for own in super().index_batches():
+            yield [(number, own) for number in self._numbers]
+
+    def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean over the adapters that learn of each one's mean cross-entropy, in nats."""
+        with self.adapter.attached(self._numbers) as prefix:
+            return self._forward(x, y, prefixes=prefix, **self._hints)[1]
+
     def average_gradients(self) -> None:
         for tensor in self.trainable_parameters():
             assert tensor.grad is not None
             distributed.all_reduce_sum(tensor.grad.div_(distributed.world_size()))
 
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        has_shares = self._has_own_rates or self.config.validate_every
+        tensors = self.trainable_parameters() if has_shares else []
+        before = [tensor.detach().clone() for tensor in tensors]
+        super()._step(x, y)
+        # Without weight decay, AdamW's step is proportional to the rate: each adapter takes its share of the step.
+        if has_shares:
+            common = self.config.learning_rate * learning_rate_factor(self.iter_num, self.config)
+            own = zip(self.learning_rates, self.n_iters.tolist(), strict=True)
+            rates = [rate * learning_rate_factor(self.iter_num, self.config, n) for rate, n in own]
+            shares = (torch.tensor(rates, device=self.device) / common).clamp(min=0)
+            with torch.no_grad():
+                for tensor, old in zip(tensors, before, strict=True):
+                    tensor.copy_(old.lerp(tensor, shares.view(-1, *[1] * (tensor.ndim - 1))))
+        if self.config.validate_every and (self.iter_num + 1) % self.config.validate_every == 0:
+            self._validate()
 
-class LoRATrainer(AdapterTrainer):
-    """Trains a LoRA that is attached to a frozen model."""
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Let the adapters that learn answer validation rows, and end those at their plateau."""
+        config, n_done = self.config, self.iter_num + 1
+        kept = 0.0 if config.lr_schedule == "constant" else config.decay_fraction
+        for number in self._numbers:
+            n_rows, data = config.validation_rows, self._validation[number]
+            with self.adapter.attached([number]) as prefix:
+                score = evaluate(cast(GPT, self.model), data, prefix, n_rows, precision=self.precision)
+            accuracy = distributed.all_gather(score.accuracy)[0]
+            self._validated[self._names[number]] = accuracy
+            if accuracy > self._best[number]:
+                self._best[number], self._best_at[number] = accuracy, n_done
+            is_plateau = accuracy == 1 or n_done - int(self._best_at[number]) >= config.patience
+            if is_plateau and int(self.n_iters[number]) == self._max_iters[number]:
+                self.n_iters[number] = min(self._max_iters[number], math.ceil(n_done / (1 - kept)))
 
-    def __init__(self, config: CfgNode, model: GPT, train_dataset: AnyDataset, lora: LoRA):
-        """Get ready to train ``lora`` in place.
-
-        Args:
-            config: see ``Trainer.get_default_config``; weight decay does not apply to a LoRA.
-            model: the GPT that the LoRA was made for.
-            train_dataset: see ``Trainer``.
-            lora: attached; it moves to the model's device.
-        """
-        super().__init__(config, model, train_dataset)
-        self.lora = lora.to(self.device)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"layers": list(self.lora.names), "scale": self.lora.scale}
-
-    def trained_tensors(self) -> dict[str, Tensor]:
-        return dict(self.lora.named_parameters())
+    def clip_gradients(self) -> None:
+        """Scale each adapter's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
+        # The loss is the mean over the adapters that learn; a lone adapter's is its own.
+        gradients = [tensor.grad for tensor in self.trainable_parameters() if tensor.grad is not None]
+        norms = torch.stack([each.reshape(self._n_adapters, -1).norm(dim=1) for each in gradients]).norm(dim=0)
+        n_learning = len(self._numbers)
+        scale = n_learning * (self.config.grad_norm_clip / (n_learning * norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient *= scale.view(-1, *[1] * (gradient.ndim - 1))
 
 
 class PrefixTrainer(AdapterTrainer):
     """Trains one prefix, or several at once, for a frozen model.
 
-    Several prefixes are trained on one batch, ``batch_size`` rows of each one's own dataset. Their losses are added,
-    their gradients clipped and their learning rates decayed one by one, so each ends as if it had been trained alone.
-
     A prefix tensor is trained in place; as the model, it moves to the trainer's device.
 
     Attributes:
-        prefixes: the tensor or the Reparametrization that was given.
-        n_iters: (K,) of int64, after how many iterations each prefix ends; below max_iters where it is at its plateau.
+        prefixes: what was given.
     """
 
-    def __init__(self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: AnyPrefix):
+    def __init__(
+        self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: Tensor | Prefix, **options: Any
+    ):
         """Get ready to train ``prefixes`` in place.
 
         Args:
@@ -439,122 +544,28 @@ class PrefixTrainer(AdapterTrainer):
             model: a GPT.
             train_dataset: one dataset for one prefix, or a list of K.
             prefixes: a leaf tensor (L, P, C), or (K, L, P, C) for a list of K datasets; or a Prefix of any kind, whose
-                ``values`` hold K prefixes; or the Reparametrization that K prefixes are trained through, which moves
-                to the model's device.
+                ``values`` hold K prefixes.
+            options: learning_rates and max_iters; see ``AdapterTrainer``.
 
         Raises:
-            TypeError: if the prefix is no tensor, or a list holds anything but CustomDatasets.
+            TypeError: if the prefix is no tensor.
             ValueError: if the prefix does not fit the model or its dataset, or as for ``Trainer``.
         """
-        data = batches.JointDataset(train_dataset if isinstance(train_dataset, Sequence) else [train_dataset])
-        super().__init__(config, model, data)
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
         if isinstance(prefixes, Prefix):
             prefix = prefixes
-        elif isinstance(prefixes, Reparametrization):
-            prefix = Prefix("key_value", prefixes.to(self.device)().detach())
         elif isinstance(train_dataset, Sequence):
             prefix = Prefix("activation", prefixes)
         else:
             prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
         prefix.check(n_layer, n_embd, prefix.n_prefixes)
-        n_datasets, padding = len(data.datasets), data.prefix_padding
-        if prefix.n_prefixes != n_datasets:
-            raise ValueError(f"{prefix.n_prefixes} prefixes for {n_datasets} datasets; give one prefix a dataset")
-        if padding < prefix.n_placeholders:
-            raise ValueError(f"prefix_padding = {padding} is too short for {prefix.n_placeholders} prefix positions")
-        self._validation = [dataset.with_split("validation") for dataset in data.datasets]
-        names = [", ".join(map(str, dataset.tasks)) for dataset in data.datasets]
-        self._names = [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
-        self._prefix = prefix  # its kind, placeholders and shape, which has the axis of K in front
+        check_config(config)
         self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
-        if isinstance(self.prefixes, Tensor):
-            if not self.prefixes.is_leaf:
-                raise ValueError("the prefix is trained in place, so it must be a leaf tensor, got is_leaf = False")
-            self.prefixes.data = self.prefixes.data.to(self.device)
-            self.prefixes.requires_grad_()
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"kind": self._prefix.kind, "n_placeholders": self._prefix.n_placeholders}
-
-    def trained_tensors(self) -> dict[str, Tensor]:
-        own = self.prefixes
-        trained = {"prefixes": own} if isinstance(own, Tensor) else dict(own.named_parameters())
-        state = {"n_iters": self.n_iters, "best": self._best, "best_at": self._best_at}
-        return trained | (state if self.config.validate_every else {})
-
-    def run(self) -> None:
-        """Train the prefixes; the model's weights get no gradient and do not change."""
-        n_prefixes, forever = self._prefix.n_prefixes, torch.iinfo(torch.int64).max
-        self.n_iters = torch.full((n_prefixes,), forever if self.config.max_iters is None else self.config.max_iters)
-        self._best = torch.full((n_prefixes,), -1.0, dtype=torch.float64)
-        self._best_at = torch.zeros(n_prefixes, dtype=torch.int64)
-        super().run()
-
-    @property
-    def _numbers(self) -> list[int]:
-        """Which prefixes still learn."""
-        return [number for number, n in enumerate(self.n_iters.tolist()) if n > self.iter_num]
-
-    def is_finished(self) -> bool:
-        return not self._numbers
-
-    def index_batches(self) -> Iterator[Sequence[Any]]:
-        """For each iteration, (a dataset's number, its indices) for each prefix that learns."""
-        for own in super().index_batches():
-            yield [(number, own) for number in self._numbers]
-
-    def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean over the prefixes that learn of each one's mean cross-entropy, in nats."""
-        values = self._values().index_select(0, torch.tensor(self._numbers, device=self.device))
-        return self._forward(x, y, prefixes=replace(self._prefix, values=values), **self._hints)[1]
-
-    def _values(self) -> Tensor:
-        """The prefixes as they are now, with the axis of K in front."""
-        values = self.prefixes if isinstance(self.prefixes, Tensor) else self.prefixes()
-        return values.view(self._prefix.values.shape)
-
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        tensors = self.trainable_parameters() if self.config.validate_every else []
-        before = [tensor.detach().clone() for tensor in tensors]
-        super()._step(x, y)
-        if self.config.validate_every:
-            # Without weight decay, AdamW's step is proportional to the rate: each prefix takes its share of the step.
-            common = learning_rate_factor(self.iter_num, self.config)
-            own = [learning_rate_factor(self.iter_num, self.config, n) / common for n in self.n_iters.tolist()]
-            shares = torch.tensor(own, device=self.device).clamp(min=0)
-            with torch.no_grad():
-                for tensor, old in zip(tensors, before, strict=True):
-                    tensor.copy_(old.lerp(tensor, shares.view(-1, *[1] * (tensor.ndim - 1))))
-            if (self.iter_num + 1) % self.config.validate_every == 0:
-                self._validate()
-
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """Let the prefixes that learn answer validation rows, and end those at their plateau."""
-        config, n_done, values = self.config, self.iter_num + 1, self._values().detach()
-        kept = 0.0 if config.lr_schedule == "constant" else config.decay_fraction
-        for number in self._numbers:
-            prefix = replace(self._prefix, values=values[number : number + 1])
-            n_rows, data = config.validation_rows, self._validation[number]
-            score = evaluate(cast(GPT, self.model), data, prefix, n_rows, precision=self.precision)
-            accuracy = distributed.all_gather(score.accuracy)[0]
-            self._validated[self._names[number]] = accuracy
-            if accuracy > self._best[number]:
-                self._best[number], self._best_at[number] = accuracy, n_done
-            is_plateau = accuracy == 1 or n_done - int(self._best_at[number]) >= config.patience
-            if is_plateau and int(self.n_iters[number]) == config.max_iters:
-                self.n_iters[number] = min(config.max_iters, math.ceil(n_done / (1 - kept)))
-
-    def clip_gradients(self) -> None:
-        """Scale each prefix's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
-        # The loss is the mean over the prefixes that learn; a lone prefix's is its own.
-        gradients = [tensor.grad for tensor in self.trainable_parameters() if tensor.grad is not None]
-        norms = torch.stack([each.reshape(self._prefix.n_prefixes, -1).norm(dim=1) for each in gradients]).norm(dim=0)
-        n_learning = len(self._numbers)
-        scale = n_learning * (self.config.grad_norm_clip / (n_learning * norms + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient *= scale.view(-1, *[1] * (gradient.ndim - 1))
+        if not self.prefixes.is_leaf:
+            raise ValueError("the prefix is trained in place, so it must be a leaf tensor, got is_leaf = False")
+        self.prefixes.data = self.prefixes.data.to(distributed.resolve_device(config.device))
+        values = self.prefixes.detach().view(prefix.values.shape)  # of the same memory
+        super().__init__(config, model, train_dataset, PrefixAdapter(model, replace(prefix, values=values)), **options)
 
 
 def batch_end_callback(trainer: Trainer) -> None:

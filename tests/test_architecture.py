@@ -18,9 +18,10 @@ ROOT_LIMIT = 12
 
 FLOORS = [
     {"utils", "tasks", "kv_cache", "distributed"},
-    {"datasets", "prefix", "lora"},
+    {"datasets", "prefix"},
     {"decoding"},
     {"model"},
+    {"adapters"},
     {"storage", "training"},
     {"trainer", "evaluation"},
     {"analysis", "experiments"},

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import random_model, reference_forward, reference_generate, reference_loss
 
+from mingpt.adapters import Reparametrization
 from mingpt.decoding.generation import beam_search
 from mingpt.prefix import (
     Prefix,
-    Reparametrization,
     as_key_value,
     as_prefix,
     average,
@@ -443,8 +443,8 @@ def test_an_unknown_initialisation_is_refused(init, kind, message):
 
 def test_a_reparametrization_begins_at_its_init_and_trains_all_its_parameters():
     init = random_values("key_value", K)
-    made = Reparametrization(init)
-    assert torch.equal(made(), init)
+    made = Reparametrization(random_model(), init)
+    assert torch.equal(made.prefix().values, init)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
@@ -452,8 +452,8 @@ def test_a_reparametrization_begins_at_its_init_and_trains_all_its_parameters():
         for position in range(P):
             hidden = torch.tanh(made.embedding[k, position] @ made.w1[k] + made.b1[k, 0])
             expected = (hidden @ made.w2[k] + made.b2[k, 0]).view(L, 2, C) + init[k, :, :, position]
-            assert_close(made()[k, :, :, position], expected)
-    (made()[1] ** 2).sum().backward()
+            assert_close(made.prefix().values[k, :, :, position], expected)
+    (made.prefix().values[1] ** 2).sum().backward()
     for parameter in made.parameters():  # each prefix has a network of its own
         assert [bool(row.abs().sum() > 0) for row in parameter.grad] == [False, True, False, False]
 

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from mingpt import distributed, tasks
+from mingpt.adapters import Reparametrization
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization
+from mingpt.prefix import Prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.checkpoint import CheckpointError
-from mingpt.trainer import PrefixTrainer, Trainer, batch_end_callback, check_config
+from mingpt.trainer import AdapterTrainer, PrefixTrainer, Trainer, batch_end_callback, check_config
 from mingpt.utils import CfgNode, set_seed
 
 LENGTH, NUM_DIGITS, PADDING = 4, 6, 3
@@ -382,7 +383,7 @@ def test_a_prefix_checkpoint_of_another_kind_is_refused(tmp_path):
     values = torch.randn(1, PADDING, 16)
     PrefixTrainer(config, new_model(n_layer=1), new_dataset(), values.clone().requires_grad_()).run()
     other = PrefixTrainer(config, new_model(n_layer=1), new_dataset(), Prefix("prompt", values.requires_grad_()))
-    with pytest.raises(CheckpointError, match=r"run\.safetensors.*kind"):
+    with pytest.raises(CheckpointError, match=r"run\.safetensors.*trained.values"):
         other.run()
 
 
@@ -957,7 +958,9 @@ def train_prefixes(kind, initial, datasets, n_iters=20, **options):
     gradients = []
     config = new_config(max_iters=n_iters, learning_rate=0.01, **options)
     trainer = PrefixTrainer(config, new_model(gain=8.0), datasets, Prefix(kind, values))
-    trainer.add_callback("on_batch_end", lambda trainer: gradients.append(values.grad.flatten(1).clone()))
+    trainer.add_callback(
+        "on_batch_end", lambda trainer: gradients.append(trainer.adapter.values.grad.flatten(1).clone())
+    )
     trainer.run()
     return values.detach(), torch.stack(gradients)
 
@@ -998,14 +1001,14 @@ def test_reparametrized_prefixes_trained_together_are_those_trained_alone():
     def train(made, its_datasets):
         norms = []
         config = new_config(max_iters=8, learning_rate=0.01, grad_norm_clip=clip)
-        trainer = PrefixTrainer(config, new_model(gain=8.0), its_datasets, made)
+        trainer = AdapterTrainer(config, new_model(gain=8.0), its_datasets, made)
         gradients = lambda: torch.cat([p.grad.flatten(1) for p in made.parameters()], dim=1)  # noqa: E731
         trainer.add_callback("on_batch_end", lambda _: norms.append(gradients().norm(dim=1)))
         trainer.run()
-        return made().detach(), torch.stack(norms)
+        return made.prefix().values.detach(), torch.stack(norms)
 
-    together = Reparametrization(start)
-    alone = [Reparametrization(start[k : k + 1]) for k in range(3)]
+    together = Reparametrization(new_model(), start)
+    alone = [Reparametrization(new_model(), start[k : k + 1]) for k in range(3)]
     with torch.no_grad():
         for k, one in enumerate(alone):
             for own, of_all in zip(one.parameters(), together.parameters(), strict=True):
@@ -1210,11 +1213,11 @@ def build_wrong(case):
         prefix, match = joint, "one length and one prefix_padding"
         datasets = [new_dataset(), new_dataset(prefix_padding=0), new_dataset()]
     elif case == "K too small":
-        prefix, datasets, match = joint, [new_dataset()] * 2, "3 prefixes for 2 datasets"
+        prefix, datasets, match = joint, [new_dataset()] * 2, "3 adapters for 2 datasets"
     elif case == "K too large":
-        prefix, datasets, match = joint, [new_dataset()] * 4, "3 prefixes for 4 datasets"
+        prefix, datasets, match = joint, [new_dataset()] * 4, "3 adapters for 4 datasets"
     elif case == "several for one":
-        prefix, match = Prefix("activation", joint), "3 prefixes for 1 datasets"
+        prefix, match = Prefix("activation", joint), "3 adapters for 1 datasets"
     elif case == "no datasets":
         prefix, datasets, match = joint, [], "one length and one prefix_padding, got none"
     elif case == "no axis of K":

@@ -1,8 +1,8 @@
-"""Experiments: pipelines of stages, methods side by side, predictions, and plans of steps.
+"""Experiments: pipelines of stages, methods side by side, studies, predictions, and plans of steps.
 
 ``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it from then on;
-``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``predictor`` predicts on
-all processes of a job; ``multistep`` chains prefixes.
+``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``sweep`` runs studies, grids
+of methods and settings; ``predictor`` predicts on all processes of a job; ``multistep`` chains prefixes.
 """
 
 from mingpt.experiments.comparison import compare
@@ -11,8 +11,9 @@ from mingpt.experiments.pipeline import fine_tune, pretrain, train_lora, train_p
 from mingpt.experiments.predictor import Predictor
 from mingpt.experiments.presets import get_default_config
 from mingpt.experiments.reproduction import reproduce
+from mingpt.experiments.sweep import Study, run_study
 
 __all__ = [
-    "Plan", "Predictor", "Step", "compare", "fine_tune", "get_default_config", "plan_from_composition", "pretrain",
-    "reproduce", "train_lora", "train_prefixes",
+    "Plan", "Predictor", "Step", "Study", "compare", "fine_tune", "get_default_config", "plan_from_composition",
+    "pretrain", "reproduce", "run_study", "train_lora", "train_prefixes",
 ]  # fmt: skip

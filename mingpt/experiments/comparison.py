@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mingpt.adapters import LoRA, Reparametrization
 from mingpt.distributed import run_on_main
 from mingpt.evaluation import evaluate
 from mingpt.experiments import pipeline
 from mingpt.experiments.pipeline import Init, dataset
-from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import Prefix, Reparametrization, average, initial_prefix
+from mingpt.prefix import Prefix, average, initial_prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
@@ -44,7 +44,7 @@ class Method:
         init: of an activation prefix: "padding" and "random", see ``mingpt.prefix.initial_prefix``; "tokens", what the
             model sees at the tokens 1 to P; "prefix", of the run's prefixes for the pretraining tasks the one with the
             lowest loss on the new task (Vu et al. 2022 transfer prompts so); "mean", the average of these.
-        is_reparametrized: trains a key_value prefix through ``mingpt.prefix.Reparametrization``.
+        is_reparametrized: trains a key_value prefix through ``mingpt.adapters.Reparametrization``.
         targets: the layers of a LoRA.
     """
 
@@ -160,7 +160,7 @@ def _results(config: CfgNode, model: GPT, tasks: Sequence[Task], run: Path, name
                     lora.detach()
             n_parameters = n_trained = prefix.values.numel() if prefix else (lora or tuned).n_parameters
             if prefix and method.is_reparametrized:
-                n_trained = sum(each.numel() for each in Reparametrization(prefix.values).parameters())
+                n_trained = sum(each.numel() for each in Reparametrization(model, prefix.values).parameters())
             costs = {"n_parameters": n_parameters, "n_trained": n_trained, "seconds": seconds}
             yield costs | {"n_correct": score.n_correct, "n_rows": score.n_rows, "accuracy": score.accuracy}
 

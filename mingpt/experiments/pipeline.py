@@ -24,16 +24,16 @@ from typing import Any
 
 from torch import Tensor
 
+from mingpt.adapters import LoRA, PrefixAdapter, Reparametrization
 from mingpt.datasets import CustomDataset
 from mingpt.distributed import resolve_device, run_on_main
-from mingpt.lora import LoRA
 from mingpt.model import GPT
-from mingpt.prefix import AXES, Prefix, Reparametrization, initial_prefix
+from mingpt.prefix import AXES, Prefix, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
 from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
 from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import LoRATrainer, PrefixTrainer, Trainer, check_config, recipe
+from mingpt.trainer import AdapterTrainer, Trainer, check_config, recipe
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -180,7 +180,7 @@ def train_prefixes(
         kind: of prefix, see ``mingpt.prefix.Prefix``.
         n_positions: of each prefix, ``data.prefix_size`` by default; the placeholders beyond keep their padding.
         init: see ``Init``; "random" by default for key_value prefixes, "padding" for the others.
-        is_reparametrized: trains key_value prefixes through ``mingpt.prefix.Reparametrization``.
+        is_reparametrized: trains key_value prefixes through ``mingpt.adapters.Reparametrization``.
         metrics: a dictionary that receives for each task n_iters, after how many iterations its prefix ended (below
             ``prefix.max_iters``: at its plateau, see ``PrefixTrainer``), training, the folder's name, loss and seconds.
 
@@ -207,12 +207,12 @@ def train_prefixes(
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
         initial = initial.detach().expand(len(data), *initial.shape[-len(AXES[kind]) :])
         values = initial[[task in own_keys for task in data]]
-        trained = Reparametrization(values) if is_reparametrized else Prefix(kind, values.requires_grad_())
+        trained = Reparametrization(model, values) if is_reparametrized else PrefixAdapter(model, Prefix(kind, values))
         own_data = [data[task] for task in own_keys]
-        trainer = PrefixTrainer(_trainer_config(config.prefix, training), model, own_data, trained)
+        trainer = AdapterTrainer(_trainer_config(config.prefix, training), model, own_data, trained)
 
         def save(metrics: dict[str, float]) -> None:
-            final = (trained() if isinstance(trained, Reparametrization) else trained.values).detach()
+            final = trained.prefix().values.detach()
             for (task, key), value, n_iters in zip(own_keys.items(), final, trainer.n_iters.tolist(), strict=True):
                 own = metrics | {"n_iters": n_iters, "training": training.name}
                 save_prefix(paths[task], Prefix(kind, value[None]), model, task=task, metrics=own, cache_key=key)
@@ -245,7 +245,7 @@ def train_lora(
         task: any.
         run: the folder.
         name: of the file in it.
-        rank: see ``mingpt.lora.LoRA``.
+        rank: see ``mingpt.adapters.LoRA``.
         targets: likewise.
 
     Returns:
@@ -259,11 +259,9 @@ def train_lora(
     def compute() -> None:
         set_seed(config.seed + 1)
         lora = LoRA(model, rank, targets)
-        try:
-            trainer = LoRATrainer(_trainer_config(config.prefix, path.with_suffix("")), model, data, lora)
-            _train(trainer, key, partial(save_lora, path, lora, model, cache_key=key))
-        finally:
-            lora.detach()
+        trainer = AdapterTrainer(_trainer_config(config.prefix, path.with_suffix("")), model, data, lora)
+        _train(trainer, key, partial(save_lora, path, lora, model, cache_key=key))
+        lora.detach()
 
     lora, description = cached(path, key, compute, partial(load_lora, model=model))
     lora.detach()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mingpt.lora import LoRA
+from mingpt.adapters import LoRA
 from mingpt.model import GPT, TRANSPOSED
 from mingpt.prefix import Prefix, as_key_value
 from mingpt.storage.checkpoint import load_weights
@@ -55,11 +55,11 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
 
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        rank, names = len(adapter.a[0]), list(adapter.names)
+        rank, names = adapter.a[0].shape[1], list(adapter.names)
         common["lora_alpha"] = adapter.scale * rank
         config = peft.LoraConfig(r=rank, target_modules=names, fan_in_fan_out=True, **common)
         own = adapter.state_dict()
-        weights = {theirs: own[name] for name, theirs in _peft_names(adapter).items()}
+        weights = {theirs: own[name][0] for name, theirs in _peft_names(adapter).items()}
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
@@ -104,7 +104,7 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
             raise ValueError(f"{folder}: only a plain LoRA of linear layers is supported, with one rank and alpha")
         lora = LoRA(model, config.r, sorted(names), config.lora_alpha)
-        load_weights(lora, {name: weights[theirs] for name, theirs in _peft_names(lora).items()}, folder)
+        load_weights(lora, {name: weights[theirs][None] for name, theirs in _peft_names(lora).items()}, folder)
         return lora
     raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingpt.lora import LoRA
+from mingpt.adapters import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.storage.cache import verify
@@ -102,7 +102,7 @@ def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
     """
     tensors, description = load_checkpoint(path, kind="lora", model=weights_hash(model))
     try:
-        rank = len(tensors["a.0"])
+        rank = tensors["a.0"].shape[-2]
         lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: it does not hold a LoRA for this model: {error}") from None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import random_model
 
-from mingpt.lora import LoRA
+from mingpt.adapters import LoRA
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.huggingface import as_key_value, export_peft, import_peft, to_huggingface

@@ -8,11 +8,11 @@ import pytest
 import torch
 from reference import random_model
 
+from mingpt.adapters import LoRA
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
-from mingpt.lora import LoRA
 from mingpt.tasks import Add1, SortAscending
-from mingpt.trainer import LoRATrainer, Trainer
+from mingpt.trainer import AdapterTrainer, Trainer
 from mingpt.utils import set_seed
 
 LENGTH, NUM_DIGITS = 4, 6
@@ -34,7 +34,7 @@ def random_lora(model, **options):
 
 def updates_of(lora):
     """What each layer's weight gains, (O, I) each."""
-    return [lora.scale * b @ a for a, b in zip(lora.a, lora.b, strict=True)]
+    return [(lora.scale * b @ a)[0] for a, b in zip(lora.a, lora.b, strict=True)]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_attached_merged_and_by_hand_are_the_same(x, targets, rank, alpha):
         modules = dict(by_hand.named_modules())
         scale = 1.0 if alpha is None else alpha / rank
         for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
-            modules[name].weight += scale * b @ a
+            modules[name].weight += (scale * b @ a)[0]
         assert torch.allclose(by_hand(x)[0], attached, atol=1e-5)
         lora.detach()
         assert torch.equal(model(x)[0], original(x)[0])
@@ -170,8 +170,8 @@ def test_it_computes_what_peft_does(x):
     peft.inject_adapter_in_model(config, theirs)
     modules = dict(theirs.named_modules())
     for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
-        modules[name].lora_A["default"].weight.data = a.data.clone()
-        modules[name].lora_B["default"].weight.data = b.data.clone()
+        modules[name].lora_A["default"].weight.data = a.data[0].clone()
+        modules[name].lora_B["default"].weight.data = b.data[0].clone()
     data = CustomDataset("train", [Add1()], LENGTH, NUM_DIGITS)
     inputs, targets = data.batch(range(4))
     (ours, our_loss), (logits, loss) = model(inputs, targets), theirs(inputs, targets)
@@ -179,8 +179,8 @@ def test_it_computes_what_peft_does(x):
     our_loss.backward()
     loss.backward()
     for name, a, b in zip(lora.names, lora.a, lora.b, strict=True):
-        assert torch.allclose(a.grad, modules[name].lora_A["default"].weight.grad, atol=1e-6)
-        assert torch.allclose(b.grad, modules[name].lora_B["default"].weight.grad, atol=1e-6)
+        assert torch.allclose(a.grad[0], modules[name].lora_A["default"].weight.grad, atol=1e-6)
+        assert torch.allclose(b.grad[0], modules[name].lora_B["default"].weight.grad, atol=1e-6)
 
 
 def small_config(n_iters, **changes):
@@ -197,7 +197,7 @@ def test_training_learns_and_leaves_the_model_as_it_is():
     set_seed(0)
     lora = LoRA(model, rank=8, targets=".")
     before = evaluate(model, data["test"], n_rows=200).accuracy
-    LoRATrainer(small_config(400), model, data["train"], lora).run()
+    AdapterTrainer(small_config(400), model, data["train"], lora).run()
     after = evaluate(model, data["test"], n_rows=200).accuracy
     assert before < 0.1
     assert after > 0.5
@@ -214,7 +214,7 @@ def test_training_resumes_exactly(tmp_path):
         set_seed(5)
         model = new_model()
         lora = LoRA(model, rank=2)
-        trainer = LoRATrainer(small_config(12, checkpoint_path=path), model, data, lora)
+        trainer = AdapterTrainer(small_config(12, checkpoint_path=path), model, data, lora)
         if stops_at is not None:
             trainer.is_finished = lambda: trainer.iter_num >= stops_at
         trainer.run()
@@ -226,7 +226,7 @@ def test_training_resumes_exactly(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
     set_seed(0)
     model = new_model()
-    other = LoRATrainer(
+    other = AdapterTrainer(
         small_config(12, checkpoint_path=tmp_path / "parts.safetensors"), model, data, LoRA(model, 2, "attn")
     )
     with pytest.raises(ValueError, match=r"it was made with trained\.a"):

@@ -1,0 +1,364 @@
+"""Studies: a grid of cells, each of which fits one model to one task by one method, and is computed once.
+
+A study is a TOML file, or a ``Study`` in Python. What its cells come to is in the folder of the same name:
+
+    cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function
+    packs/                       what is being trained, and the study as its processes read it
+    results.csv, seconds.csv     the table, and what each cell took
+
+Cells of one model, method and size train in one batch, a pack. Which cells go together is a function of the study, and
+every pack is computed by one thread, so the table is the same to the byte however the packs are shared out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+
+from mingpt.adapters import METHODS, Adapter, size_for
+from mingpt.evaluation import evaluate
+from mingpt.experiments.pipeline import dataset
+from mingpt.experiments.presets import get_default_config, run_config
+from mingpt.model import GPT
+from mingpt.storage.cache import cached_json, read_json
+from mingpt.storage.checkpoint import json_checksum, weights_hash, write_atomic
+from mingpt.storage.weights import load_model
+from mingpt.tasks import TEST_TASKS, Task
+from mingpt.trainer import AdapterTrainer, recipe
+from mingpt.training.precision import resolve_precision
+from mingpt.utils import CfgNode, nearest, set_seed
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+logger = logging.getLogger("mingpt")
+
+
+class Cell(NamedTuple):
+    """One fit: ``size`` is a rank or a number of positions, ``seed`` that of the data and the initial values."""
+
+    run: str
+    method: str
+    size: int
+    max_iters: int
+    task: str
+    seed: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of cells. Without ``sizes``, a method is as large as ``n_parameters`` allows.
+
+    Attributes:
+        folder: where the results are.
+        runs: folders with a model.safetensors.
+        methods: see ``mingpt.adapters.METHODS``.
+        tasks: their names.
+        seeds: at least five for a claim.
+        learning_rates: for every method, or a list for each.
+        max_iters: iterations; the rate decays within them.
+        sizes: ranks or numbers of positions.
+        n_parameters: trainable parameters an adapter may have, those of 10 activations a layer by default.
+        prefix: changes of the presets' configuration for what is trained beside the model.
+        split: of the rows that are scored: "validation", or "test" for what is published.
+        n_rows: how many.
+        pack: cells that may train in one batch.
+        search: choose each method's rate from ``learning_rates`` on validation rows, then score all seeds on ``split``;
+            see ``search_rates``.
+    """
+
+    folder: Path
+    runs: Sequence[str] = ("checkpoints/laptop",)
+    methods: Sequence[str] = ("key_value",)
+    tasks: Sequence[str] = tuple(map(str, TEST_TASKS))
+    seeds: Sequence[int] = (0,)
+    learning_rates: Sequence[float] | Mapping[str, Sequence[float]] = (0.1,)
+    max_iters: Sequence[int] = (400,)
+    sizes: Sequence[int] = ()
+    n_parameters: int | None = None
+    prefix: Mapping[str, Any] = field(default_factory=dict)
+    split: str = "validation"
+    n_rows: int = 1000
+    pack: int = 64
+    search: bool = False
+
+    @classmethod
+    def read(cls, path: str | Path) -> Study:
+        """Read a study from a TOML file; its folder has the file's name. Or from a JSON file, which names the folder.
+
+        Raises:
+            ValueError: naming the file and what is wrong in it.
+        """
+        path = Path(path)
+        try:
+            found: dict[str, Any] = {"folder": path.with_suffix("")}
+            found |= json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+            known = [each.name for each in fields(cls)]
+            for key in found.keys() - known:
+                raise ValueError(f"unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known[1:])}")
+            found["folder"] = Path(found["folder"])
+            study = cls(**found)
+            assert study.cells
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return study
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All cells of the grid, in order.
+
+        Raises:
+            ValueError: for an unknown method or task, an empty axis, or a method that cannot be so small.
+        """
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
+        tasks = [str(Task.parse(name)) for name in self.tasks]
+        cells = []
+        for run, method, max_iters in itertools.product(self.runs, self.methods, self.max_iters):
+            by_method = self.learning_rates
+            rates = by_method[method] if isinstance(by_method, Mapping) else by_method
+            for size in self.sizes or [self._size(run, method)]:
+                grid = itertools.product(tasks, self.seeds, rates)
+                cells += [Cell(run, method, size, max_iters, *each) for each in grid]
+        if not cells:
+            raise ValueError("the grid has no cells; every axis needs a value")
+        return list(dict.fromkeys(cells))
+
+    def _size(self, run: str, method: str) -> int:
+        config = read_model(run)[0].config
+        most = self.config(run, 0).data.prefix_size if METHODS[method].unit == "positions" else config.n_embd
+        if method in ("full", "prefix-tuning+", "ia3"):
+            return 1  # they have one size
+        return size_for(METHODS[method], config, self.n_parameters or 10 * config.n_layer * config.n_embd, most)
+
+    def config(self, run: str, seed: int) -> CfgNode:
+        """The configuration of a cell's training and data."""
+        config = get_default_config()
+        config.data, config.seed = run_config(run).data, seed
+        config.prefix.update_from({"validate_every": None} | dict(self.prefix), "the study's prefix")
+        config.prefix.merge_from_dict({"max_iters": max(self.max_iters), "progress": False, "device": "cpu"})
+        return config
+
+    def cache_key(self, cell: Cell) -> dict[str, Any]:
+        """What a cell's result is a function of."""
+        config = self.config(cell.run, cell.seed)
+        recipe_of_all = {k: v for k, v in recipe(config.prefix).items() if k not in ("learning_rate", "max_iters")}
+        return cell._asdict() | {
+            "stage": "sweep",
+            "run": read_model(cell.run)[1],
+            "data": dataset(config, "train", [Task.parse(cell.task)]).describe(),
+            "recipe": recipe_of_all | {"precision": resolve_precision(config.prefix.precision, "cpu")},
+            "evaluation": {"split": self.split, "n_rows": self.n_rows},
+        }
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a cell's result."""
+        return self.folder / "cells" / json_checksum(self.cache_key(cell))[:16] / "result.json"
+
+    @cached_property
+    def packs(self) -> list[list[Cell]]:
+        """The cells that train together."""
+        groups = itertools.groupby(sorted(self.cells, key=lambda cell: cell[:4]), key=lambda cell: cell[:4])
+        found = (list(own) for _, own in groups)
+        return [own[n : n + self.pack] for own in found for n in range(0, len(own), self.pack)]
+
+    def missing(self) -> list[Cell]:
+        """The cells that have no result yet."""
+        return [cell for cell in self.cells if not self.path(cell).exists()]
+
+    def n_done(self) -> int:
+        """How many cells have a result; of a search, the cells at all the rates that are asked for."""
+        return len(self.cells) - len(self.missing())
+
+    def results(self) -> DataFrame:
+        """A row for each cell that has a result: the cell, and what it came to.
+
+        Columns beside the cell's: n_parameters, n_correct, n_rows, accuracy, loss (mean cross-entropy of the same rows
+        in nats), n_iters (below max_iters where it ended at its plateau), seconds (its share of the pack's).
+        """
+        import pandas as pd
+
+        done = [(cell, self.path(cell)) for cell in self.cells]
+        return pd.DataFrame(
+            [cell._asdict() | read_json(path, "value")["value"] for cell, path in done if path.exists()]
+        )
+
+    def write_tables(self) -> None:
+        """Write results.csv and seconds.csv."""
+        table, cell = self.results(), list(Cell._fields)
+        for name, columns in (("results", table.columns.drop("seconds")), ("seconds", [*cell, "seconds"])):
+            write_atomic(self.folder / f"{name}.csv", table[columns].to_csv(index=False).encode())
+
+
+@cache
+def read_model(run: str) -> tuple[GPT, str]:
+    """A run's model, in evaluation mode on the CPU, and the hash of its weights."""
+    model, _ = load_model(Path(run) / "model.safetensors")
+    return model, weights_hash(model)
+
+
+# ------------------------------------------------------------------------------------------------------ computing
+
+
+def run_pack(study: Study, cells: Sequence[Cell]) -> None:
+    """Train a pack in one batch, score its cells, and write what is missing. A pack that was cut off goes on."""
+    if all(study.path(cell).exists() for cell in cells):
+        return
+    torch.set_num_threads(1)
+    model, config = read_model(cells[0].run)[0], study.config(cells[0].run, 0)
+    data = {cell: dataset(study.config(cell.run, cell.seed), "train", [Task.parse(cell.task)]) for cell in cells}
+    adapters, method = [], cast(Callable[..., Adapter], METHODS[cells[0].method])
+    for cell in cells:
+        set_seed(cell.seed + 1)
+        adapters.append(method(model, data[cell], cell.size))
+    adapter = adapters[0].extend(adapters[1:])
+    config.prefix.max_iters = cells[0].max_iters
+    state = study.folder / "packs" / f"{json_checksum([study.cache_key(cell) for cell in cells])[:16]}.safetensors"
+    config.prefix.checkpoint_path = state
+    rates = [cell.learning_rate for cell in cells]
+    trainer = AdapterTrainer(config.prefix, model, list(data.values()), adapter, rates)
+    trainer.cache_key = {"cells": [study.cache_key(cell) for cell in cells]}
+    trainer.run()
+
+    def score(number: int, cell: Cell) -> dict[str, Any]:
+        rows = data[cell].with_split(study.split)
+        with torch.no_grad(), adapter.attached([number]) as prefix:
+            found = evaluate(model, rows, prefix, study.n_rows, precision="float32")
+            loss = model(*rows.batch(range(study.n_rows)), prefixes=prefix)[1]
+        return {
+            "n_parameters": adapter.n_parameters,
+            "n_correct": found.n_correct,
+            "n_rows": found.n_rows,
+            "accuracy": found.accuracy,
+            "loss": loss.item(),
+            "n_iters": int(trainer.n_iters[number]),
+            "seconds": trainer.seconds / len(cells),
+        }
+
+    for number, cell in enumerate(cells):
+        cached_json(study.path(cell), study.cache_key(cell), partial(score, number, cell))
+    state.unlink(missing_ok=True)
+
+
+def run_shard(study: Study, shard: int = 0, n_shards: int = 1) -> None:
+    """Compute every ``n_shards``-th pack of a study, from number ``shard`` on."""
+    for cells in study.packs[shard::n_shards]:
+        run_pack(study, cells)
+
+
+def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, Any] | None = None) -> DataFrame:
+    """Compute what is missing of a study, write its tables, and return its results.
+
+    Args:
+        study: any.
+        n_processes: on this machine, one for each core by default; or of Slurm's job array.
+        slurm: parameters of submitit's executor, such as ``{"timeout_min": 240}``; jobs are requeued when they are
+            preempted. ``{"cluster": "local"}`` runs them here. None does without submitit.
+
+    Raises:
+        RuntimeError: if a process fails, with its number.
+    """
+    if study.search:
+        own = replace(study, search=False, split="validation", seeds=study.seeds[:1])
+        rates = search_rates(own, n_processes, slurm)
+        study = replace(study, search=False, learning_rates={name: [rate] for name, rate in rates.items()})
+    n_processes = min(n_processes or os.cpu_count() or 1, len(study.packs))
+    text = json.dumps(asdict(study) | {"folder": str(study.folder)})
+    file = study.folder / "packs" / f"study-{json_checksum(text)[:8]}.json"
+    write_atomic(file, text.encode())
+    commands = [
+        [sys.executable, "-m", "mingpt", "sweep", str(file), "--shard", f"{shard}/{n_processes}"]
+        for shard in range(n_processes)
+    ]
+    if slurm is not None:
+        _submit(study, commands, dict(slurm))
+    elif study.missing():
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes = [subprocess.Popen(command, env=environment) for command in commands]
+        try:
+            for _ in _progress(study):
+                if all(process.poll() is not None for process in processes):
+                    break
+            for process in processes:
+                process.wait()
+        finally:
+            for process in processes:
+                process.terminate()
+        failed = [number for number, process in enumerate(processes) if process.wait()]
+        if failed:
+            raise RuntimeError(f"processes {failed} of the sweep failed; the same command goes on with what is missing")
+    study.write_tables()
+    return study.results()
+
+
+def _progress(study: Study) -> Iterator[None]:
+    """Show a bar over the study's cells while the caller waits."""
+    from tqdm import tqdm
+
+    missing = study.missing()
+    with tqdm(total=len(study.cells), initial=len(study.cells) - len(missing), unit="cell") as bar:
+        while missing:
+            left = [cell for cell in missing if not study.path(cell).exists()]
+            bar.update(len(missing) - len(left))
+            missing = left
+            yield
+            time.sleep(0.5)
+
+
+def _submit(study: Study, commands: list[list[str]], parameters: dict[str, Any]) -> None:
+    """Run commands as a job array of Slurm, or of submitit's local executor, and wait for them."""
+    import submitit  # pyright: ignore[reportMissingImports]  (the extra slurm)
+
+    executor = submitit.AutoExecutor(study.folder / "jobs", cluster=parameters.pop("cluster", None))
+    executor.update_parameters(slurm_additional_parameters={"requeue": True}, **parameters)
+    with executor.batch():
+        jobs = [executor.submit(submitit.helpers.CommandFunction(command)) for command in commands]
+    for job in jobs:
+        job.result()
+
+
+def search_rates(
+    study: Study, n_processes: int | None = None, slurm: Mapping[str, Any] | None = None, step: float = 10**0.5
+) -> dict[str, float]:
+    """Choose each method's learning rate: the best mean accuracy over the tasks and seeds of a study, and of its rows.
+
+    Every method is tried at the same rates. While one is best at an end of them, its grid grows there by ``step``.
+    search.csv has all tries.
+
+    Returns:
+        The rate by method; where accuracies are equal, that of the smaller loss.
+    """
+    rates = {name: sorted(cast(Sequence[float], study.learning_rates)) for name in study.methods}
+    while True:
+        tried = replace(study, learning_rates=rates)
+        results = run_study(tried, n_processes, slurm)
+        scores = results.groupby(["method", "learning_rate"])[["accuracy", "loss"]].mean()
+        ordered = cast(Any, scores).sort_values(["accuracy", "loss"], ascending=[False, True]).reset_index()
+        best = ordered.groupby("method", sort=False)["learning_rate"].first().to_dict()
+        grown = {name: _grow(rates[name], best[name], step) for name in rates}
+        if grown == rates:
+            write_atomic(study.folder / "search.csv", results.drop(columns="seconds").to_csv(index=False).encode())
+            return {name: best[name] for name in study.methods}
+        rates = grown
+
+
+def _grow(rates: list[float], best: float, step: float) -> list[float]:
+    """The rates with one more at the end where the best one is."""
+    if best == rates[0]:
+        return [best / step, *rates]
+    return [*rates, best * step] if best == rates[-1] else rates

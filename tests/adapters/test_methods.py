@@ -1,0 +1,79 @@
+"""Every method: its count, its groups of rows, what it trains and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import random_model
+
+from mingpt.adapters import METHODS
+from mingpt.datasets import CustomDataset
+from mingpt.tasks import Add1, LessThan, SortAscending
+from mingpt.trainer import AdapterTrainer, Trainer
+from mingpt.utils import set_seed
+
+LENGTH, NUM_DIGITS, PADDING, SIZE = 4, 6, 3, 2
+TASKS = [SortAscending(), Add1(), LessThan()]
+
+
+def new_model():
+    return random_model(std=0.2, n_head=2, n_embd=16, vocab_size=NUM_DIGITS + 3, block_size=PADDING + 2 * LENGTH - 1)
+
+
+def datasets():
+    return [CustomDataset("train", [task], LENGTH, NUM_DIGITS, prefix_padding=PADDING) for task in TASKS]
+
+
+def new_adapters(name, model):
+    """Three, each from a seed of its own, in one."""
+    made = []
+    for seed, data in enumerate(datasets()):
+        set_seed(seed)
+        made.append(METHODS[name](model, data, SIZE))
+    return made[0].extend(made[1:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_group_of_rows_has_its_own_adapter_only(name):
+    """In one batch the adapters compute what each computes alone, and the count is the formula's."""
+    model = new_model()
+    adapter = new_adapters(name, model)
+    assert adapter.n_parameters == METHODS[name].count(model.config, SIZE)
+    x = torch.cat([data.batch(range(5))[0] for data in datasets()])
+    before = model(x)[0]
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        with adapter.attached() as prefix:
+            together = model(x, prefixes=prefix, n_last=LENGTH)[0]
+        with adapter.attached([2, 0]) as prefix:
+            swapped = model(torch.cat([x[10:], x[:5]]), prefixes=prefix, n_last=LENGTH)[0]
+        for number in range(3):
+            rows = slice(5 * number, 5 * number + 5)
+            with adapter.attached([number]) as prefix:
+                alone = model(x[rows], prefixes=prefix, n_last=LENGTH)[0]
+            torch.testing.assert_close(together[rows], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(swapped, torch.cat([together[10:], together[:5]]), atol=1e-4, rtol=1e-4)
+    assert (together - before[:, -LENGTH:]).abs().max() > 1e-3
+    assert torch.equal(model(x)[0], before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_together_is_training_alone_and_leaves_the_model(name):
+    model = new_model()
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = Trainer.get_default_config()
+    config.merge_from_dict({"max_iters": 4, "batch_size": 5, "learning_rate": 0.01, "precision": "float32"})
+    config.merge_from_dict({"device": "cpu", "progress": False})
+    rates = [0.003, 0.01, 0.02]
+    together = new_adapters(name, model)
+    began = [parameter.detach().clone() for parameter in together.parameters()]
+    AdapterTrainer(config, model, datasets(), together, rates).run()
+    change = [(own - old).abs().flatten(1).max(1).values for own, old in zip(together.parameters(), began, strict=True)]
+    assert torch.stack(change).max(0).values.min() > 1e-4
+    set_seed(2)
+    alone = METHODS[name](model, datasets()[2], SIZE)
+    AdapterTrainer(config, model, datasets()[2:], alone, rates[2:]).run()
+    for own, expected in zip(together.parameters(), alone.parameters(), strict=True):
+        assert (own[2] - expected[0]).abs().median() < 1e-5  # keys' biases get no gradient but rounding
+    assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())
