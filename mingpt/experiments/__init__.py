@@ -1,7 +1,7 @@
 """Experiments: pipelines of stages, methods side by side, studies, predictions, and plans of steps.
 
-``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it from then on;
-``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``sweep`` runs studies, grids
+``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it then;
+``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``sweep`` runs grids
 of methods and settings; ``predictor`` predicts on all processes of a job; ``multistep`` chains prefixes.
 """
 
