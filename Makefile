@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python setup.py constraints.txt
-	$(INSTALL) --editable '.[dev,hf,grammar]'
+	$(INSTALL) --editable '.[dev,hf,grammar,slurm]'
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -32,6 +32,7 @@ setup(
     extras_require={
         "hf": ["transformers>=4.50", "peft>=0.14"],
         "grammar": ["llguidance>=1.3"],
+        "slurm": ["submitit>=1.5"],
         "notebooks": ["jupyterlab>=4"],
         "dev": [
             "pytest>=8",

@@ -124,9 +124,9 @@ class Trainer:
             optimizer: "adamw", or "muon" for the blocks' matrices, at muon_learning_rate with muon_momentum.
             lr_schedule: "constant", "linear" or "cosine": how the rate decays over the last decay_fraction of the run.
             warmup_iters: iterations of linear warm-up.
-            validate_every: iterations after which each prefix answers validation_rows rows of its validation split. One
-                that answers all of them right, or has not got better for ``patience`` iterations, is at its plateau:
-                its own rate decays then as at the end of a run, and then it leaves the batch.
+            validate_every: iterations after which each adapter answers validation_rows rows of its validation split.
+                One that answers all of them right, or has not got better for ``patience`` iterations, is at its
+                plateau: its own rate decays then as at the end of a run, and then it leaves the batch.
             precision: "float32", "bfloat16", or "auto" for bfloat16 where the hardware multiplies it natively.
             compile: pass the model through torch.compile.
             parallel: what each process has of the model: "ddp" all of it (DistributedDataParallel), "fsdp" a shard of
@@ -388,7 +388,6 @@ class AdapterTrainer(Trainer):
         train_dataset: OneOrMore,
         adapter: Adapter,
         learning_rates: Sequence[float] | None = None,
-        max_iters: Sequence[int] | None = None,
     ):
         """Get ready to train ``adapter`` in place.
 
@@ -398,7 +397,6 @@ class AdapterTrainer(Trainer):
             train_dataset: one dataset, or a list of one for each of the K adapters.
             adapter: moves to the model's device.
             learning_rates: of each adapter, the configuration's by default.
-            max_iters: likewise; the configuration's is the most.
 
         Raises:
             TypeError: if a list holds anything but CustomDatasets.
@@ -407,32 +405,21 @@ class AdapterTrainer(Trainer):
         data = batches.JointDataset(train_dataset if isinstance(train_dataset, Sequence) else [train_dataset])
         super().__init__(config, model, data)
         self.adapter, self._n_adapters = adapter.to(self.device), adapter.n_adapters
-        for what, own in (("datasets", data.datasets), ("learning_rates", learning_rates), ("max_iters", max_iters)):
-            if own is not None and len(own) != self._n_adapters:
-                raise ValueError(f"{self._n_adapters} adapters for {len(own)} {what}; give one adapter a value")
-        prefix = adapter.prefix()
-        if prefix and prefix.n_placeholders > data.prefix_padding:
-            message = (
-                f"prefix_padding = {data.prefix_padding} is too short for {prefix.n_placeholders} prefix positions"
-            )
-            raise ValueError(message)
         self.learning_rates = list(learning_rates or [config.learning_rate] * self._n_adapters)
-        self._max_iters = list(max_iters or [config.max_iters] * self._n_adapters)
-        self._has_own_rates = len({*self.learning_rates, config.learning_rate}) + len(set(self._max_iters)) > 2
+        for what, own in (("datasets", data.datasets), ("learning_rates", self.learning_rates)):
+            if len(own) != self._n_adapters:
+                raise ValueError(f"{self._n_adapters} adapters for {len(own)} {what}; give each adapter one")
+        n_placeholders, padding = adapter.n_placeholders, data.prefix_padding
+        if n_placeholders > padding:
+            raise ValueError(f"prefix_padding = {padding} is too short for {n_placeholders} prefix positions")
         self._validation = [dataset.with_split("validation") for dataset in data.datasets]
         names = [", ".join(map(str, dataset.tasks)) for dataset in data.datasets]
         self._names = [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
     def describe(self) -> dict[str, Any]:
-        own: dict[str, Any] = {}
-        if self._has_own_rates:
-            own = {"learning_rates": self.learning_rates, "max_iters": self._max_iters}
-        return (
-            super().describe()
-            | self.adapter.describe()
-            | own
-            | {"model_checksum": checkpoint.checksum(self.model.state_dict())}
-        )
+        model = checkpoint.checksum(self.model.state_dict())
+        own = {"learning_rates": self.learning_rates, "model_checksum": model}
+        return super().describe() | self.adapter.describe() | own
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         rate, betas = self.config.learning_rate, tuple(self.config.betas)
@@ -444,8 +431,8 @@ class AdapterTrainer(Trainer):
 
     def run(self) -> None:
         """Train the adapters; the model's weights get no gradient and do not change."""
-        forever = torch.iinfo(torch.int64).max
-        self.n_iters = torch.tensor([forever if own is None else own for own in self._max_iters])
+        forever, n_iters = torch.iinfo(torch.int64).max, self.config.max_iters
+        self.n_iters = torch.full((self._n_adapters,), forever if n_iters is None else n_iters)
         self._best = torch.full((self._n_adapters,), -1.0, dtype=torch.float64)
         self._best_at = torch.zeros(self._n_adapters, dtype=torch.int64)
         required = [p for p in self.model.parameters() if p.requires_grad]
@@ -481,13 +468,11 @@ class AdapterTrainer(Trainer):
             distributed.all_reduce_sum(tensor.grad.div_(distributed.world_size()))
 
     def _step(self, x: Tensor, y: Tensor) -> None:
-        has_shares = self._has_own_rates or self.config.validate_every
-        tensors = self.trainable_parameters() if has_shares else []
+        tensors = self.trainable_parameters()
         before = [tensor.detach().clone() for tensor in tensors]
         super()._step(x, y)
         # Without weight decay, AdamW's step is proportional to the rate: each adapter takes its share of the step.
-        if has_shares:
-            common = self.config.learning_rate * learning_rate_factor(self.iter_num, self.config)
+        if common := self.config.learning_rate * learning_rate_factor(self.iter_num, self.config):
             own = zip(self.learning_rates, self.n_iters.tolist(), strict=True)
             rates = [rate * learning_rate_factor(self.iter_num, self.config, n) for rate, n in own]
             shares = (torch.tensor(rates, device=self.device) / common).clamp(min=0)
@@ -511,8 +496,8 @@ class AdapterTrainer(Trainer):
             if accuracy > self._best[number]:
                 self._best[number], self._best_at[number] = accuracy, n_done
             is_plateau = accuracy == 1 or n_done - int(self._best_at[number]) >= config.patience
-            if is_plateau and int(self.n_iters[number]) == self._max_iters[number]:
-                self.n_iters[number] = min(self._max_iters[number], math.ceil(n_done / (1 - kept)))
+            if is_plateau and int(self.n_iters[number]) == config.max_iters:
+                self.n_iters[number] = min(config.max_iters, math.ceil(n_done / (1 - kept)))
 
     def clip_gradients(self) -> None:
         """Scale each adapter's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
@@ -534,9 +519,7 @@ class PrefixTrainer(AdapterTrainer):
         prefixes: what was given.
     """
 
-    def __init__(
-        self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: Tensor | Prefix, **options: Any
-    ):
+    def __init__(self, config: CfgNode, model: GPT, train_dataset: OneOrMore, prefixes: Tensor | Prefix):
         """Get ready to train ``prefixes`` in place.
 
         Args:
@@ -545,7 +528,6 @@ class PrefixTrainer(AdapterTrainer):
             train_dataset: one dataset for one prefix, or a list of K.
             prefixes: a leaf tensor (L, P, C), or (K, L, P, C) for a list of K datasets; or a Prefix of any kind, whose
                 ``values`` hold K prefixes.
-            options: learning_rates and max_iters; see ``AdapterTrainer``.
 
         Raises:
             TypeError: if the prefix is no tensor.
@@ -565,7 +547,7 @@ class PrefixTrainer(AdapterTrainer):
             raise ValueError("the prefix is trained in place, so it must be a leaf tensor, got is_leaf = False")
         self.prefixes.data = self.prefixes.data.to(distributed.resolve_device(config.device))
         values = self.prefixes.detach().view(prefix.values.shape)  # of the same memory
-        super().__init__(config, model, train_dataset, PrefixAdapter(model, replace(prefix, values=values)), **options)
+        super().__init__(config, model, train_dataset, PrefixAdapter(model, replace(prefix, values=values)))
 
 
 def batch_end_callback(trainer: Trainer) -> None:

@@ -378,7 +378,7 @@ def test_the_checkpoint_of_a_run_on_another_map_style_dataset_is_refused(tmp_pat
 
 
 def test_a_prefix_checkpoint_of_another_kind_is_refused(tmp_path):
-    """A soft prompt (1, P, C) and a one-layer activation prefix (L, P, C) have the same shape."""
+    """Every kind has other axes behind that of K, so the shape tells."""
     config = new_config(checkpoint_path=str(tmp_path / "run.safetensors"))
     values = torch.randn(1, PADDING, 16)
     PrefixTrainer(config, new_model(n_layer=1), new_dataset(), values.clone().requires_grad_()).run()

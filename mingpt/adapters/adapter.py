@@ -35,8 +35,8 @@ class Adapter(nn.Module):
         n_placeholders: how many first tokens of the input a prefix stands for.
     """
 
-    unit: ClassVar[str] = "rank"
-    """What ``size`` is a number of."""
+    unit: ClassVar[str | None] = "rank"
+    """What ``size`` is: a "rank", a number of "positions", or None where there is one size."""
 
     def __init__(self, model: GPT, n_placeholders: int):
         super().__init__()
@@ -143,12 +143,21 @@ def on_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> 
     return module.register_forward_hook(hook)
 
 
-def size_for(method: type[Adapter], config: CfgNode, n_parameters: int, most: int) -> int:
-    """The largest size, up to ``most``, that has at most ``n_parameters`` trainable parameters.
+def size_for(method: type[Adapter], config: CfgNode, n_parameters: int, n_placeholders: int) -> int:
+    """The largest size that has at most ``n_parameters`` trainable parameters; 1 for a method of one size.
+
+    Args:
+        method: any.
+        config: of the model, whose channels bound a rank.
+        n_parameters: as asked.
+        n_placeholders: the most positions.
 
     Raises:
         ValueError: if a size of 1 has more.
     """
+    if method.unit is None:
+        return 1
+    most = n_placeholders if method.unit == "positions" else config.n_embd
     sizes = [size for size in range(1, most + 1) if method.count(config, size) <= n_parameters]
     if not sizes:
         raise ValueError(

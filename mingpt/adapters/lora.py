@@ -223,6 +223,8 @@ class VeRA(TargetedLoRA):
 class IA3(Adapter):
     """Vectors that scale keys, values and the MLP's hidden units, from 1 on (Liu et al. 2022); it has one size."""
 
+    unit = None
+
     def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
         width, device = model.config.n_embd, model.device

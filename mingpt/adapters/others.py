@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,8 +77,10 @@ class _BesideAttention(Adapter):
 class PrefixTuningPlus(_BesideAttention):
     """``attention + phi(q)^T M`` with phi = elu and a matrix M for every head, from zero (Wang et al. 2025, v1).
 
-    The prefix is out of the softmax, so it takes no attention from the content. ``size`` is without effect.
+    The prefix is out of the softmax, so it takes no attention from the content. It has one size.
     """
+
+    unit = None
 
     def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
@@ -135,20 +137,19 @@ class PrefixAndLoRA(Adapter):
     def count(config: CfgNode, size: int) -> int:
         return KeyValuePrefix.count(config, size) + MLPLoRA.count(config, 1)
 
-    def attach(self, numbers: Sequence[int] | None = None) -> None:
-        self.key_value.attach(numbers)
-        self.lora.attach(numbers)
-
-    def detach(self) -> None:
-        self.key_value.detach()
-        self.lora.detach()
+    def hooks(self) -> Iterator[RemovableHandle]:
+        self.lora._numbers = self._numbers
+        return self.lora.hooks()
 
     def prefix(self) -> Prefix:
+        self.key_value._numbers = self._numbers
         return self.key_value.prefix()
 
 
 class FullFineTuning(Adapter):
-    """A change of every weight of the model, from zero; ``size`` is without effect."""
+    """A change of every weight of the model, from zero; It has one size."""
+
+    unit = None
 
     def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)

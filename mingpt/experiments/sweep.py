@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from mingpt.adapters import METHODS, Adapter, size_for
+from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.experiments.pipeline import dataset
 from mingpt.experiments.presets import get_default_config, run_config
@@ -43,8 +43,6 @@ from mingpt.utils import CfgNode, nearest, set_seed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-logger = logging.getLogger("mingpt")
 
 
 class Cell(NamedTuple):
@@ -112,8 +110,8 @@ class Study:
                 raise ValueError(f"unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known[1:])}")
             found["folder"] = Path(found["folder"])
             study = cls(**found)
-            assert study.cells
-        except (TypeError, ValueError) as error:
+            study.keys  # noqa: B018  (finds the mistakes in the grid)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return study
 
@@ -130,8 +128,11 @@ class Study:
         tasks = [str(Task.parse(name)) for name in self.tasks]
         cells = []
         for run, method, max_iters in itertools.product(self.runs, self.methods, self.max_iters):
-            by_method = self.learning_rates
-            rates = by_method[method] if isinstance(by_method, Mapping) else by_method
+            rates = self.learning_rates
+            if isinstance(rates, Mapping):
+                if method not in rates:
+                    raise ValueError(f"learning_rates has none for {method!r}, only for {', '.join(rates)}")
+                rates = rates[method]
             for size in self.sizes or [self._size(run, method)]:
                 grid = itertools.product(tasks, self.seeds, rates)
                 cells += [Cell(run, method, size, max_iters, *each) for each in grid]
@@ -140,11 +141,9 @@ class Study:
         return list(dict.fromkeys(cells))
 
     def _size(self, run: str, method: str) -> int:
-        config = read_model(run)[0].config
-        most = self.config(run, 0).data.prefix_size if METHODS[method].unit == "positions" else config.n_embd
-        if method in ("full", "prefix-tuning+", "ia3"):
-            return 1  # they have one size
-        return size_for(METHODS[method], config, self.n_parameters or 10 * config.n_layer * config.n_embd, most)
+        config, n_placeholders = read_model(run)[0].config, self.config(run, 0).data.prefix_size
+        n_parameters = self.n_parameters or 10 * config.n_layer * config.n_embd
+        return size_for(METHODS[method], config, n_parameters, n_placeholders)
 
     def config(self, run: str, seed: int) -> CfgNode:
         """The configuration of a cell's training and data."""
@@ -154,21 +153,35 @@ class Study:
         config.prefix.merge_from_dict({"max_iters": max(self.max_iters), "progress": False, "device": "cpu"})
         return config
 
-    def cache_key(self, cell: Cell) -> dict[str, Any]:
-        """What a cell's result is a function of."""
-        config = self.config(cell.run, cell.seed)
-        recipe_of_all = {k: v for k, v in recipe(config.prefix).items() if k not in ("learning_rate", "max_iters")}
-        return cell._asdict() | {
-            "stage": "sweep",
-            "run": read_model(cell.run)[1],
-            "data": dataset(config, "train", [Task.parse(cell.task)]).describe(),
-            "recipe": recipe_of_all | {"precision": resolve_precision(config.prefix.precision, "cpu")},
-            "evaluation": {"split": self.split, "n_rows": self.n_rows},
-        }
+    def data(self, cell: Cell) -> CustomDataset:
+        """What a cell is trained on."""
+        return dataset(self.config(cell.run, cell.seed), "train", [Task.parse(cell.task)])
 
-    def path(self, cell: Cell) -> Path:
-        """The file of a cell's result."""
-        return self.folder / "cells" / json_checksum(self.cache_key(cell))[:16] / "result.json"
+    @cached_property
+    def keys(self) -> dict[Cell, dict[str, Any]]:
+        """By cell, what its result is a function of."""
+        described: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what several cells share
+        keys = {}
+        for cell in self.cells:
+            shared = cell.run, cell.task, cell.seed
+            if shared not in described:
+                described[shared] = self.data(cell).describe()
+            keys[cell] = cell._asdict() | self._shared_key | {"run": read_model(cell.run)[1], "data": described[shared]}
+        return keys
+
+    @cached_property
+    def _shared_key(self) -> dict[str, Any]:
+        config = self.config(self.runs[0], 0).prefix
+        own = {name: value for name, value in recipe(config).items() if name not in ("learning_rate", "max_iters")}
+        own["precision"] = resolve_precision(config.precision, "cpu")
+        return {"stage": "sweep", "recipe": own, "evaluation": {"split": self.split, "n_rows": self.n_rows}}
+
+    @cached_property
+    def paths(self) -> dict[Cell, Path]:
+        """By cell, the file of its result."""
+        return {
+            cell: self.folder / "cells" / json_checksum(key)[:16] / "result.json" for cell, key in self.keys.items()
+        }
 
     @cached_property
     def packs(self) -> list[list[Cell]]:
@@ -177,9 +190,13 @@ class Study:
         found = (list(own) for _, own in groups)
         return [own[n : n + self.pack] for own in found for n in range(0, len(own), self.pack)]
 
+    def state(self, cells: Sequence[Cell]) -> Path:
+        """The file of the training of some cells in one batch, while it goes on."""
+        return self.folder / "packs" / f"{json_checksum([self.keys[cell] for cell in cells])[:16]}.safetensors"
+
     def missing(self) -> list[Cell]:
         """The cells that have no result yet."""
-        return [cell for cell in self.cells if not self.path(cell).exists()]
+        return [cell for cell, path in self.paths.items() if not path.exists()]
 
     def n_done(self) -> int:
         """How many cells have a result; of a search, the cells at all the rates that are asked for."""
@@ -193,10 +210,8 @@ class Study:
         """
         import pandas as pd
 
-        done = [(cell, self.path(cell)) for cell in self.cells]
-        return pd.DataFrame(
-            [cell._asdict() | read_json(path, "value")["value"] for cell, path in done if path.exists()]
-        )
+        done = [(cell, path) for cell, path in self.paths.items() if path.exists()]
+        return pd.DataFrame([cell._asdict() | read_json(path, "value")["value"] for cell, path in done])
 
     def write_tables(self) -> None:
         """Write results.csv and seconds.csv."""
@@ -216,23 +231,26 @@ def read_model(run: str) -> tuple[GPT, str]:
 
 
 def run_pack(study: Study, cells: Sequence[Cell]) -> None:
-    """Train a pack in one batch, score its cells, and write what is missing. A pack that was cut off goes on."""
-    if all(study.path(cell).exists() for cell in cells):
+    """Train what is missing of a pack in one batch, score it and write it. A pack that was cut off goes on."""
+    missing = [cell for cell in cells if not study.paths[cell].exists()]
+    if not missing:
         return
+    if not study.state(cells).exists():  # else it was cut off while its results were written
+        cells = missing
+    state = study.state(cells)
     torch.set_num_threads(1)
     model, config = read_model(cells[0].run)[0], study.config(cells[0].run, 0)
-    data = {cell: dataset(study.config(cell.run, cell.seed), "train", [Task.parse(cell.task)]) for cell in cells}
+    data = {cell: study.data(cell) for cell in cells}
     adapters, method = [], cast(Callable[..., Adapter], METHODS[cells[0].method])
     for cell in cells:
         set_seed(cell.seed + 1)
         adapters.append(method(model, data[cell], cell.size))
     adapter = adapters[0].extend(adapters[1:])
     config.prefix.max_iters = cells[0].max_iters
-    state = study.folder / "packs" / f"{json_checksum([study.cache_key(cell) for cell in cells])[:16]}.safetensors"
     config.prefix.checkpoint_path = state
     rates = [cell.learning_rate for cell in cells]
     trainer = AdapterTrainer(config.prefix, model, list(data.values()), adapter, rates)
-    trainer.cache_key = {"cells": [study.cache_key(cell) for cell in cells]}
+    trainer.cache_key = {"cells": [study.keys[cell] for cell in cells]}
     trainer.run()
 
     def score(number: int, cell: Cell) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
         }
 
     for number, cell in enumerate(cells):
-        cached_json(study.path(cell), study.cache_key(cell), partial(score, number, cell))
+        cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell))
     state.unlink(missing_ok=True)
 
 
@@ -313,7 +331,7 @@ def _progress(study: Study) -> Iterator[None]:
     missing = study.missing()
     with tqdm(total=len(study.cells), initial=len(study.cells) - len(missing), unit="cell") as bar:
         while missing:
-            left = [cell for cell in missing if not study.path(cell).exists()]
+            left = [cell for cell in missing if not study.paths[cell].exists()]
             bar.update(len(missing) - len(left))
             missing = left
             yield
@@ -322,7 +340,7 @@ def _progress(study: Study) -> Iterator[None]:
 
 def _submit(study: Study, commands: list[list[str]], parameters: dict[str, Any]) -> None:
     """Run commands as a job array of Slurm, or of submitit's local executor, and wait for them."""
-    import submitit  # pyright: ignore[reportMissingImports]  (the extra slurm)
+    import submitit
 
     executor = submitit.AutoExecutor(study.folder / "jobs", cluster=parameters.pop("cluster", None))
     executor.update_parameters(slurm_additional_parameters={"requeue": True}, **parameters)

@@ -74,6 +74,13 @@ def test_training_together_is_training_alone_and_leaves_the_model(name):
     set_seed(2)
     alone = METHODS[name](model, datasets()[2], SIZE)
     AdapterTrainer(config, model, datasets()[2:], alone, rates[2:]).run()
-    for own, expected in zip(together.parameters(), alone.parameters(), strict=True):
-        assert (own[2] - expected[0]).abs().median() < 1e-5
+    # By what they compute: rounding moves the biases of keys, which change nothing and get no other gradient.
+    x = datasets()[2].with_split("test").batch(range(50))[0]
+    with torch.no_grad():
+        with together.attached([2]) as prefix:
+            of_all = model(x, prefixes=prefix, n_last=LENGTH)[0]
+        with alone.attached() as prefix:
+            by_itself = model(x, prefixes=prefix, n_last=LENGTH)[0]
+    torch.testing.assert_close(of_all, by_itself, atol=1e-4, rtol=1e-4)
+    assert (of_all - model(x)[0][:, -LENGTH:]).abs().max() > 1e-2
     assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())

@@ -77,7 +77,7 @@ def test_nothing_is_computed_twice_and_what_is_missing_is(compared, monkeypatch)
     )
     assert trained == []
     more = compare(tiny_config(), folder, [*TASKS, SortAscending()], ["lora-mlp"])
-    assert [str(getattr(each, "datasets", [each])[0].tasks[0]) for each in trained] == ["SortAscending"]
+    assert [str(each.datasets[0].tasks[0]) for each in trained] == ["SortAscending"]
     assert more[:2].equals(results[results["method"] == "lora-mlp"].reset_index(drop=True))
     assert len(list((folder / "comparison" / "lora-mlp").glob("*.json"))) == 3
 

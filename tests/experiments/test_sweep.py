@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import replace
+
 import pytest
+from pandas import DataFrame
 from test_reproduction import tiny_config
 
-from mingpt.experiments import pipeline
-from mingpt.experiments.sweep import Study, run_pack, run_shard, run_study
+from mingpt.experiments import pipeline, sweep
+from mingpt.experiments.sweep import Study, run_shard, run_study
+from mingpt.trainer import AdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +24,9 @@ def run(tmp_path_factory):
 
 def new_study(folder, run, **options):
     prefix = {"batch_size": 4, "warmup_iters": 0}
-    options = {"methods": ["key_value", "lora-mlp"], "tasks": ["Add1", "SortAscending"], "seeds": [0, 1]} | options
-    return Study(folder, [run], max_iters=[3], n_rows=20, prefix=prefix, learning_rates=[0.1, 0.2], **options)
+    axes = {"methods": ["key_value", "lora-mlp"], "tasks": ["Add1", "SortAscending"], "seeds": [0, 1]}
+    axes |= {"max_iters": [3], "learning_rates": [0.1, 0.2], "n_parameters": 1000}
+    return Study(folder, [run], n_rows=20, prefix=prefix, **axes | options)
 
 
 def test_a_table_does_not_depend_on_who_computes_it(run, tmp_path):
@@ -32,21 +39,95 @@ def test_a_table_does_not_depend_on_who_computes_it(run, tmp_path):
     assert len(one.results()) == len(one.cells) == 16
 
 
-def test_only_what_is_missing_is_written(run, tmp_path):
-    study = new_study(tmp_path / "study", run)
+def test_submitit_gives_the_same_table(run, tmp_path):
+    here, job = new_study(tmp_path / "here", run), new_study(tmp_path / "job", run)
+    run_shard(here)
+    here.write_tables()
+    run_study(job, n_processes=2, slurm={"cluster": "local", "timeout_min": 5})
+    assert (here.folder / "results.csv").read_bytes() == (job.folder / "results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("n_written", [0, 1, 5])
+def test_a_pack_that_was_cut_off_is_not_trained_again(run, tmp_path, monkeypatch, n_written):
+    """Its last state is there until all its results are."""
+    whole, cut = new_study(tmp_path / "whole", run), new_study(tmp_path / "cut", run)
+    run_shard(whole)
+    whole.write_tables()
+    write, written, steps = sweep.cached_json, [], []
+
+    def killed(path, *rest):
+        if len(written) == n_written:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, *rest)
+
+    monkeypatch.setattr(sweep, "cached_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_shard(cut)
+    assert len(cut.missing()) == 16 - n_written
+    monkeypatch.setattr(sweep, "cached_json", write)
+    step = AdapterTrainer._step
+    monkeypatch.setattr(AdapterTrainer, "_step", lambda self, x, y: (steps.append(len(x)), step(self, x, y)))
+    stamps = {path: path.stat().st_mtime_ns for path in written}
+    run_shard(cut)
+    cut.write_tables()
+    assert steps == [4 * 8] * 3  # the other pack's, 8 cells of 4 rows
+    assert {path: path.stat().st_mtime_ns for path in written} == stamps
+    assert (whole.folder / "results.csv").read_bytes() == (cut.folder / "results.csv").read_bytes()
+    assert not list(cut.folder.glob("packs/*.safetensors"))
+
+
+def test_a_larger_study_computes_only_what_is_new(run, tmp_path, monkeypatch):
+    study = new_study(tmp_path / "study", run, methods=["key_value"])
     run_shard(study)
-    stamps = {cell: study.path(cell).stat().st_mtime_ns for cell in study.cells}
-    lost = study.cells[3]
-    expected = study.path(lost).read_text()
-    study.path(lost).unlink()
-    assert study.missing() == [lost]
-    for cells in study.packs:
-        run_pack(study, cells)
-    assert {cell: study.path(cell).stat().st_mtime_ns for cell in study.cells if cell != lost} == {
-        cell: stamp for cell, stamp in stamps.items() if cell != lost
-    }
-    without_seconds = lambda text: [line for line in text.splitlines() if "seconds" not in line]  # noqa: E731
-    assert without_seconds(study.path(lost).read_text()) == without_seconds(expected)
+    step, steps = AdapterTrainer._step, []
+    monkeypatch.setattr(AdapterTrainer, "_step", lambda self, x, y: (steps.append(len(x)), step(self, x, y)))
+    larger = new_study(tmp_path / "study", run, methods=["key_value"], seeds=[0, 1, 2])
+    run_shard(larger)
+    assert steps == [4 * 4] * 3  # two tasks and two rates with the third seed
+    assert not larger.missing()
+
+
+def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeypatch):
+    """By a result that is best at a rate of 1 for one method, and of 0.1 for the other."""
+    seen = []
+
+    def run_study(study, *_):
+        seen.append(
+            (study.split, tuple(study.seeds), {name: list(rates) for name, rates in study.learning_rates.items()})
+        )
+        best = {"key_value": 1.0, "lora-mlp": 0.1}
+        cells = [cell._asdict() | {"accuracy": 0.5, "seconds": 1.0} for cell in study.cells]
+        return DataFrame(cells).assign(loss=[abs(math.log(c["learning_rate"] / best[c["method"]])) for c in cells])
+
+    monkeypatch.setattr(sweep, "run_study", run_study)
+    study = new_study(tmp_path / "study", run, seeds=[0])
+    rates = sweep.search_rates(replace(study, learning_rates=[0.01, 0.1, 0.2]), step=5.0)
+    assert rates == {"key_value": 1.0, "lora-mlp": 0.1}
+    assert seen[0] == {"key_value": [0.01, 0.1, 0.2], "lora-mlp": [0.01, 0.1, 0.2]}
+    assert seen[-1] == {"key_value": [0.01, 0.1, 0.2, 1.0, 5.0], "lora-mlp": [0.01, 0.1, 0.2]}
+    assert (study.folder / "search.csv").read_text().count("\n") == 1 + 2 * (5 + 3)
+
+
+def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_path):
+    study = new_study(tmp_path / "study", run, methods=["key_value"], split="test", search=True)
+    results = run_study(study, n_processes=1)
+    splits = [json.loads(path.read_text())["cache_key"] for path in study.folder.glob("cells/*/result.json")]
+    tried = [key for key in splits if key["evaluation"]["split"] == "validation"]
+    assert {key["seed"] for key in tried} == {0}
+    chosen = set(results["learning_rate"])
+    assert len(chosen) == 1
+    assert chosen < {key["learning_rate"] for key in tried}
+    scored = [key for key in splits if key["evaluation"]["split"] == "test"]
+    assert sorted((key["task"], key["seed"]) for key in scored) == [
+        (task, seed) for task in ("Add1", "SortAscending") for seed in (0, 1)
+    ]
+    assert len(results) == 4
+
+
+def test_a_rate_for_another_method_only_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="learning_rates has none for 'lora-mlp', only for key_value"):
+        new_study(tmp_path, run, learning_rates={"key_value": [0.1]}).keys  # noqa: B018
 
 
 def test_mistakes_are_one_line(tmp_path):
