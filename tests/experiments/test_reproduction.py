@@ -225,7 +225,7 @@ def test_a_run_cut_off_in_any_stage_ends_with_the_same_results(finished, tmp_pat
             reproduction.reproduce(tiny_config(**settings), tmp_path)
         assert not (tmp_path / "results.json").exists()
     resumed = reproduction.reproduce(tiny_config(**settings), tmp_path)
-    assert {"Trainer", "PrefixTrainer"} == set(steps)
+    assert {"Trainer", "AdapterTrainer"} == set(steps)
     assert len(steps) < 2 * (4 + 3) + 3
     for key in ("tasks", "mixed", "matrix"):
         assert resumed[key] == results[key]
