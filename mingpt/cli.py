@@ -24,12 +24,11 @@ import numpy as np
 import torch
 
 from mingpt import distributed
-from mingpt.analysis import figures
 from mingpt.datasets import CustomDataset
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
 from mingpt.evaluation import Score, evaluate
-from mingpt.experiments import comparison, multistep, pipeline, reproduction
+from mingpt.experiments import multistep, pipeline, reproduction
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.experiments.sweep import Study, run_shard, run_study
@@ -38,7 +37,7 @@ from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
 from mingpt.storage.checkpoint import load_checkpoint, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
-from mingpt.tasks import SIMPLE_TASKS, TEST_TASKS, Task
+from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task
 from mingpt.utils import CfgNode
 
 _CONSTRAINTS = {
@@ -211,11 +210,12 @@ def reproduce(tasks: list[Task], as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("tasks", nargs=-1, callback=_parse_tasks, metavar="[TASK]...")
 @_train_options
-def pretrain(**options: Any) -> None:
-    """Only pretrain the model, the first stage of 'reproduce'."""
+def pretrain(tasks: list[Task], **options: Any) -> None:
+    """Only pretrain the model, the first stage of 'reproduce', on each TASK. [seven tasks]"""
     config, run = _configure(**options, is_new=True)
-    pipeline.pretrain(config, run)
+    pipeline.pretrain(config, run, tasks or PRETRAINING_TASKS, pipeline.EVERY_TASK)
     _echo(f"the model is {run / 'model.safetensors'}")
 
 
@@ -237,31 +237,6 @@ def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
         scores[name] = evaluate(model, data, prefixes[name], n_rows, precision=precision)
     _echo_scores(scores, as_json)
     _echo(f"the prefixes are in {run / 'prefixes'}, trained in {seconds:.0f} s", err=True)
-
-
-@cli.command()
-@_train_options
-@click.option("--task", "tasks", multiple=True, callback=_parse_tasks, help="May be repeated. [the nine test tasks]")
-@click.option("--methods", metavar="NAME,...", help="Separated by commas. [all]")
-@click.option("--n-parameters", type=click.IntRange(min=1), help="Trainable parameters per task. [a prefix's]")
-@_json_option
-def compare(tasks: list[Task], methods: str | None, n_parameters: int | None, as_json: bool, **options: Any) -> None:
-    """Fit each task by several methods, side by side.
-
-    Each has as many trainable parameters and as much training: fine-tuning, LoRA, prefixes of every kind and
-    initialization, soft prompts. Prints a table; the run's folder gets a file for each result in comparison/, and
-    figures/comparison.png.
-    """
-    config, run = _configure(**options, is_new=False)
-    names = methods.split(",") if methods else list(comparison.METHODS)
-    results = comparison.compare(config, run, tasks or TEST_TASKS, names, n_parameters)
-    _echo_result(results.to_dict("records"), comparison.format_table(results), as_json)
-    path = run / "figures" / "comparison.png"
-    if _is_main():
-        path.parent.mkdir(exist_ok=True)
-        matrix = results.pivot_table("accuracy", "method", "task", sort=False)
-        figures.accuracy_matrix_figure(matrix, "Methods side by side", rows="method").savefig(path, dpi=150)
-    _echo(f"the figure is {path}", err=True)
 
 
 @cli.command()

@@ -379,6 +379,8 @@ class AdapterTrainer(Trainer):
         learning_rates: K of them.
         n_iters: (K,) of int64, after how many iterations each adapter ends; below what was asked where it is at its
             plateau.
+        curves: (K, N) of float64, each adapter's accuracy on validation rows after every ``validate_every`` iterations;
+            NaN where it has ended.
     """
 
     def __init__(
@@ -426,15 +428,15 @@ class AdapterTrainer(Trainer):
         return torch.optim.AdamW(self.trainable_parameters(), lr=rate, betas=betas, weight_decay=0.0)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        state = {"n_iters": self.n_iters, "best": self._best, "best_at": self._best_at}
+        state = {"n_iters": self.n_iters, "curves": self.curves}
         return dict(self.adapter.named_parameters()) | (state if self.config.validate_every else {})
 
     def run(self) -> None:
         """Train the adapters; the model's weights get no gradient and do not change."""
         forever, n_iters = torch.iinfo(torch.int64).max, self.config.max_iters
         self.n_iters = torch.full((self._n_adapters,), forever if n_iters is None else n_iters)
-        self._best = torch.full((self._n_adapters,), -1.0, dtype=torch.float64)
-        self._best_at = torch.zeros(self._n_adapters, dtype=torch.int64)
+        n_validations = (n_iters or 0) // (self.config.validate_every or forever)
+        self.curves = torch.full((self._n_adapters, n_validations), torch.nan, dtype=torch.float64)
         required = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in required:
             parameter.requires_grad_(False)
@@ -493,9 +495,9 @@ class AdapterTrainer(Trainer):
                 score = evaluate(cast(GPT, self.model), data, prefix, n_rows, precision=self.precision)
             accuracy = distributed.all_gather(score.accuracy)[0]
             self._validated[self._names[number]] = accuracy
-            if accuracy > self._best[number]:
-                self._best[number], self._best_at[number] = accuracy, n_done
-            is_plateau = accuracy == 1 or n_done - int(self._best_at[number]) >= config.patience
+            self.curves[number, n_done // config.validate_every - 1] = accuracy
+            best_at = config.validate_every * (1 + int(self.curves[number].nan_to_num(-1).argmax()))
+            is_plateau = accuracy == 1 or n_done - best_at >= config.patience
             if is_plateau and int(self.n_iters[number]) == config.max_iters:
                 self.n_iters[number] = min(config.max_iters, math.ceil(n_done / (1 - kept)))
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import mingpt.evaluation
 from mingpt import cli, distributed
-from mingpt.analysis import figures
 from mingpt.decoding import constraints
 from mingpt.experiments import multistep, pipeline
 from mingpt.model import GPT
@@ -214,22 +213,6 @@ def test_a_model_saved_without_its_data_is_one_line(run, tmp_path):
         code, out, err = run(*command, "--run", tmp_path)
         assert (code, out) == (2, "")
         assert "was saved without a description of its data" in err.splitlines()[-1]
-
-
-def test_compare_prints_its_table_and_draws_it_afterwards(run, copy, monkeypatch):
-    command = ["compare", "--task", "Add1", "--methods", "activation,prompt"]
-    with monkeypatch.context() as broken:
-        broken.setattr(figures, "accuracy_matrix_figure", lambda *_, **__: (_ for _ in ()).throw(ValueError("no ink")))
-        code, out, err = run(*command)
-        assert code == 2
-        assert "error: no ink" in err
-        assert "Add1" in out
-    code, again, err = run(*command)
-    assert code == 0, err
-    assert again == out
-    assert (copy / "figures" / "comparison.png").stat().st_size > 1000
-    found = json.loads(run(*command, "--json")[1])
-    assert [(each["method"], each["task"]) for each in found] == [("activation", "Add1"), ("prompt", "Add1")]
 
 
 # ------------------------------------------------------------------------------------------------------- own tasks

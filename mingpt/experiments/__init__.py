@@ -1,19 +1,18 @@
-"""Experiments: pipelines of stages, methods side by side, studies, predictions, and plans of steps.
+"""Experiments: pipelines of stages, studies, predictions, and plans of steps.
 
 ``presets`` has the settings of a run; ``pipeline`` trains one thing, leaves one file, and reads it then;
-``reproduction`` is the flagship experiment on top of it; ``comparison`` fits many methods; ``sweep`` runs grids
-of methods and settings; ``predictor`` predicts on all processes of a job; ``multistep`` chains prefixes.
+``reproduction`` is the flagship experiment on top of it; ``sweep`` runs studies, grids of methods and settings;
+``predictor`` predicts on all processes of a job; ``multistep`` chains prefixes.
 """
 
-from mingpt.experiments.comparison import compare
 from mingpt.experiments.multistep import Plan, Step, plan_from_composition
-from mingpt.experiments.pipeline import fine_tune, pretrain, train_lora, train_prefixes
+from mingpt.experiments.pipeline import fine_tune, pretrain, train_prefixes
 from mingpt.experiments.predictor import Predictor
 from mingpt.experiments.presets import get_default_config
 from mingpt.experiments.reproduction import reproduce
 from mingpt.experiments.sweep import Study, run_study
 
 __all__ = [
-    "Plan", "Predictor", "Step", "Study", "compare", "fine_tune", "get_default_config", "plan_from_composition",
-    "pretrain", "reproduce", "run_study", "train_lora", "train_prefixes",
+    "Plan", "Predictor", "Step", "Study", "fine_tune", "get_default_config", "plan_from_composition",
+    "pretrain", "reproduce", "run_study", "train_prefixes",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 A run is a folder. A stage that was cut off goes on from its last state, in a folder beside its file. Every file says by
 its cache key what it was made of. A model of other settings is refused, since all else in the folder is for it;
-a prefix, a LoRA or a fine-tuned model of other settings is made beside the one that is there.
+a prefix or a fine-tuned model of other settings is made beside the one that is there.
 
     config.json                        the run's settings, the default of every command on the folder
     model.safetensors                  the pretrained model
@@ -24,14 +24,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mingpt.adapters import LoRA, PrefixAdapter, Reparametrization
+from mingpt.adapters import PrefixAdapter
 from mingpt.datasets import CustomDataset
 from mingpt.distributed import resolve_device, run_on_main
 from mingpt.model import GPT
 from mingpt.prefix import AXES, Prefix, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
 from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
-from mingpt.storage.weights import load_lora, load_model, load_prefix, load_prefixes, save_lora, save_model, save_prefix
+from mingpt.storage.weights import load_model, load_prefix, load_prefixes, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, Trainer, check_config, recipe
 from mingpt.utils import CfgNode, set_seed
@@ -166,7 +166,6 @@ def train_prefixes(
     kind: str = "key_value",
     n_positions: int | None = None,
     init: Init | None = None,
-    is_reparametrized: bool = False,
     metrics: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[dict[str, Prefix], float]:
     """Train a prefix for each task, those that are missing at once, or read them where that is done.
@@ -180,7 +179,6 @@ def train_prefixes(
         kind: of prefix, see ``mingpt.prefix.Prefix``.
         n_positions: of each prefix, ``data.prefix_size`` by default; the placeholders beyond keep their padding.
         init: see ``Init``; "random" by default for key_value prefixes, "padding" for the others.
-        is_reparametrized: trains key_value prefixes through ``mingpt.adapters.Reparametrization``.
         metrics: a dictionary that receives for each task n_iters, after how many iterations its prefix ended (below
             ``prefix.max_iters``: at its plateau, see ``PrefixTrainer``), training, the folder's name, loss and seconds.
 
@@ -192,7 +190,7 @@ def train_prefixes(
     data = {str(task): dataset(config, "train", [task]) for task in tasks}
     size = init.shape[-2] if isinstance(init, Tensor) else n_positions or config.data.prefix_size
     inits = list(init) if isinstance(init, Tensor) and init.ndim > len(AXES[kind]) else [init] * len(data)
-    shared = {"kind": kind, "n_positions": size, "is_reparametrized": is_reparametrized, "model": model_hash}
+    shared = {"kind": kind, "n_positions": size, "model": model_hash}
     keys = {
         task: _cache_key("prefix", config, config.prefix, data[task])
         | shared
@@ -207,7 +205,7 @@ def train_prefixes(
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
         initial = initial.detach().expand(len(data), *initial.shape[-len(AXES[kind]) :])
         values = initial[[task in own_keys for task in data]]
-        trained = Reparametrization(model, values) if is_reparametrized else PrefixAdapter(model, Prefix(kind, values))
+        trained = PrefixAdapter(model, Prefix(kind, values))
         own_data = [data[task] for task in own_keys]
         trainer = AdapterTrainer(_trainer_config(config.prefix, training), model, own_data, trained)
 
@@ -226,46 +224,6 @@ def train_prefixes(
     # The prefixes of one training share its time.
     seconds = {each["training"]: each["seconds"] for each in own_metrics.values()}
     return {task: prefix for task, (prefix, _) in found.items()}, sum(seconds.values())
-
-
-def train_lora(
-    config: CfgNode,
-    model: GPT,
-    task: Task,
-    run: str | Path,
-    name: str = "lora",
-    rank: int = 1,
-    targets: str = r"mlp\.c_",
-) -> tuple[LoRA, float]:
-    """Train a LoRA for a task, or read it where that is done.
-
-    Args:
-        config: ``prefix`` is the budget, as for whatever is trained beside the frozen model.
-        model: stays as it is.
-        task: any.
-        run: the folder.
-        name: of the file in it.
-        rank: see ``mingpt.adapters.LoRA``.
-        targets: likewise.
-
-    Returns:
-        The LoRA, detached from the model, and how many seconds its training took.
-    """
-    data = dataset(config, "train", [task])
-    key = _cache_key("lora", config, config.prefix, data)
-    key |= {"rank": rank, "targets": targets, "model": weights_hash(model)}
-    path = beside(Path(run) / f"{name}.safetensors", key)
-
-    def compute() -> None:
-        set_seed(config.seed + 1)
-        lora = LoRA(model, rank, targets)
-        trainer = AdapterTrainer(_trainer_config(config.prefix, path.with_suffix("")), model, data, lora)
-        _train(trainer, key, partial(save_lora, path, lora, model, cache_key=key))
-        lora.detach()
-
-    lora, description = cached(path, key, compute, partial(load_lora, model=model))
-    lora.detach()
-    return lora, description["metrics"]["seconds"]
 
 
 def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:

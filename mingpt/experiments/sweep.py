@@ -35,7 +35,7 @@ from mingpt.experiments.presets import get_default_config, run_config
 from mingpt.model import GPT
 from mingpt.storage.cache import cached_json, read_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash, write_atomic
-from mingpt.storage.weights import load_model
+from mingpt.storage.weights import load_adapter, load_model, save_adapter
 from mingpt.tasks import TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, recipe
 from mingpt.training.precision import resolve_precision
@@ -59,7 +59,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of cells. Without ``sizes``, a method is as large as ``n_parameters`` allows.
+    """A grid of cells.
 
     Attributes:
         folder: where the results are.
@@ -69,14 +69,15 @@ class Study:
         seeds: at least five for a claim.
         learning_rates: for every method, or a list for each.
         max_iters: iterations; the rate decays within them.
-        sizes: ranks or numbers of positions.
+        sizes: ranks or numbers of positions, by method; one that is not named is as large as ``n_parameters`` allows.
         n_parameters: trainable parameters an adapter may have, those of 10 activations a layer by default.
         prefix: changes of the presets' configuration for what is trained beside the model.
         split: of the rows that are scored: "validation", or "test" for what is published.
         n_rows: how many.
         pack: cells that may train in one batch.
-        search: choose each method's rate from ``learning_rates`` on validation rows, then score all seeds on ``split``;
-            see ``search_rates``.
+        keep: whether each cell's folder gets what was trained, for ``adapter``.
+        search: changes of the study with which each method's rate is chosen from ``learning_rates`` on validation rows
+            first, such as fewer tasks and seeds; see ``search_rates``. Without, there is no search.
     """
 
     folder: Path
@@ -86,13 +87,14 @@ class Study:
     seeds: Sequence[int] = (0,)
     learning_rates: Sequence[float] | Mapping[str, Sequence[float]] = (0.1,)
     max_iters: Sequence[int] = (400,)
-    sizes: Sequence[int] = ()
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     n_parameters: int | None = None
     prefix: Mapping[str, Any] = field(default_factory=dict)
     split: str = "validation"
     n_rows: int = 1000
-    pack: int = 64
-    search: bool = False
+    pack: int = 24
+    keep: bool = False
+    search: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Study:
@@ -133,7 +135,7 @@ class Study:
                 if method not in rates:
                     raise ValueError(f"learning_rates has none for {method!r}, only for {', '.join(rates)}")
                 rates = rates[method]
-            for size in self.sizes or [self._size(run, method)]:
+            for size in self.sizes.get(method) or [self._size(run, method)]:
                 grid = itertools.product(tasks, self.seeds, rates)
                 cells += [Cell(run, method, size, max_iters, *each) for each in grid]
         if not cells:
@@ -194,6 +196,17 @@ class Study:
         """The file of the training of some cells in one batch, while it goes on."""
         return self.folder / "packs" / f"{json_checksum([self.keys[cell] for cell in cells])[:16]}.safetensors"
 
+    def adapter(self, cell: Cell) -> Adapter:
+        """What a cell has trained, for ``read_model(cell.run)``.
+
+        Raises:
+            FileNotFoundError: if it was not kept.
+        """
+        return load_adapter(self._adapter_path(cell), read_model(cell.run)[0])[0]
+
+    def _adapter_path(self, cell: Cell) -> Path:
+        return self.paths[cell].with_name("adapter.safetensors")
+
     def missing(self) -> list[Cell]:
         """The cells that have no result yet."""
         return [cell for cell, path in self.paths.items() if not path.exists()]
@@ -206,7 +219,8 @@ class Study:
         """A row for each cell that has a result: the cell, and what it came to.
 
         Columns beside the cell's: n_parameters, n_correct, n_rows, accuracy, loss (mean cross-entropy of the same rows
-        in nats), n_iters (below max_iters where it ended at its plateau), seconds (its share of the pack's).
+        in nats), n_iters (below max_iters where it ended at its plateau), curve (accuracy on ``validation_rows``
+        validation rows after every ``validate_every`` iterations), seconds (its share of the pack's).
         """
         import pandas as pd
 
@@ -265,10 +279,13 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
             "accuracy": found.accuracy,
             "loss": loss.item(),
             "n_iters": int(trainer.n_iters[number]),
+            "curve": [round(each, 4) for each in trainer.curves[number].tolist() if each == each],
             "seconds": trainer.seconds / len(cells),
         }
 
     for number, cell in enumerate(cells):
+        if study.keep:
+            save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, data[cell], number)
         cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell))
     state.unlink(missing_ok=True)
 
@@ -291,10 +308,9 @@ def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, 
     Raises:
         RuntimeError: if a process fails, with its number.
     """
-    if study.search:
-        own = replace(study, search=False, split="validation", seeds=study.seeds[:1])
-        rates = search_rates(own, n_processes, slurm)
-        study = replace(study, search=False, learning_rates={name: [rate] for name, rate in rates.items()})
+    if study.search is not None:
+        rates = search_rates(replace(study, search=None, split="validation", **study.search), n_processes, slurm)
+        study = replace(study, search=None, learning_rates={name: [rate] for name, rate in rates.items()})
     n_processes = min(n_processes or os.cpu_count() or 1, len(study.packs))
     text = json.dumps(asdict(study) | {"folder": str(study.folder)})
     file = study.folder / "packs" / f"study-{json_checksum(text)[:8]}.json"
@@ -329,7 +345,9 @@ def _progress(study: Study) -> Iterator[None]:
     from tqdm import tqdm
 
     missing = study.missing()
-    with tqdm(total=len(study.cells), initial=len(study.cells) - len(missing), unit="cell") as bar:
+    interval = 0.1 if sys.stderr.isatty() else 60.0  # a log file gets a line a minute
+    n_done = len(study.cells) - len(missing)
+    with tqdm(total=len(study.cells), initial=n_done, unit="cell", mininterval=interval) as bar:
         while missing:
             left = [cell for cell in missing if not study.paths[cell].exists()]
             bar.update(len(missing) - len(left))

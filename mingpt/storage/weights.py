@@ -1,14 +1,16 @@
-"""Models, prefixes and LoRAs on disk: what is written beside the weights, and what is checked when they are read."""
+"""Models, prefixes and adapters on disk: what is written beside the weights, and what is checked when they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mingpt.adapters import LoRA
+from mingpt.adapters import METHODS, Adapter
+from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.storage.cache import verify
@@ -87,24 +89,38 @@ def load_prefixes(folder: str | Path, model: GPT) -> dict[str, Prefix]:
     return {path.stem: load_prefix(path, model, model_hash)[0] for path in paths}
 
 
-def save_lora(path: str | Path, lora: LoRA, model: GPT, **description: Any) -> None:
-    """Write a LoRA for one model, with the hash of its weights; ``description`` is kept with it."""
-    own = {"kind": "lora", "layers": list(lora.names), "scale": lora.scale, "model": weights_hash(model)}
-    save_checkpoint(path, lora.state_dict(), own | description)
+def save_adapter(
+    path: str | Path, adapter: Adapter, method: str, size: int, data: CustomDataset, number: int = 0, **description: Any
+) -> None:
+    """Write one adapter of any method, for one model.
+
+    Args:
+        path: the file.
+        adapter: K of them.
+        method: its name in ``mingpt.adapters.METHODS``.
+        size: that it was made with.
+        data: that it was made for.
+        number: which of the K.
+        description: JSON values to keep with it.
+    """
+    own = {"kind": "adapter", "method": method, "size": size, "data": data.describe()}
+    tensors = {name: tensor[number : number + 1] for name, tensor in adapter.state_dict().items()}
+    save_checkpoint(path, tensors, own | {"model": weights_hash(adapter.model)} | description)
 
 
-def load_lora(path: str | Path, model: GPT) -> tuple[LoRA, dict[str, Any]]:
-    """Read a LoRA, attached to the model, and its description.
+def load_adapter(path: str | Path, model: GPT) -> tuple[Adapter, dict[str, Any]]:
+    """Read an adapter, detached from the model and on its device, and its description.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, holds no LoRA, or is for another model.
+        CheckpointError: if it is damaged, holds no adapter of a method of this package, or is for another model.
     """
-    tensors, description = load_checkpoint(path, kind="lora", model=weights_hash(model))
+    tensors, description = load_checkpoint(path, kind="adapter", model=weights_hash(model))
     try:
-        rank = tensors["a.0"].shape[-2]
-        lora = LoRA(model, rank, description["layers"], alpha=description["scale"] * rank)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: it does not hold a LoRA for this model: {error}") from None
-    load_weights(lora, tensors, path)
-    return lora, description
+        method: Callable[..., Adapter] = METHODS[description["method"]]
+        adapter = method(model, CustomDataset.from_description(description["data"]), description["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: it does not hold an adapter for this model: {error}") from None
+    load_weights(adapter, tensors, path)
+    adapter.detach()
+    return adapter.to(model.device), description

@@ -109,14 +109,11 @@ def test_fine_tuning_is_of_a_copy_and_is_read_back(run, tmp_path, forbid_trainin
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("activation", {}), ("key_value", {}), ("key_value", {"is_reparametrized": True}), ("prompt", {})],
-)
-def test_prefixes_of_every_kind_know_it_on_disk(run, tmp_path, forbid_training, kind, options):
+@pytest.mark.parametrize("kind", ["activation", "key_value", "prompt"])
+def test_prefixes_of_every_kind_know_it_on_disk(run, tmp_path, forbid_training, kind):
     _, model = run
     train = lambda **changes: pipeline.train_prefixes(  # noqa: E731
-        tiny_config(), model, TASKS, tmp_path, **{"kind": kind, "n_positions": 3} | options | changes
+        tiny_config(), model, TASKS, tmp_path, **{"kind": kind, "n_positions": 3} | changes
     )[0]
     prefixes, init = train(), initial_prefix(model, 3, kind=kind).detach()
     assert list(prefixes) == ["SortAscending", "Add1"]
@@ -129,8 +126,8 @@ def test_prefixes_of_every_kind_know_it_on_disk(run, tmp_path, forbid_training, 
         assert prefix.n_prefixes == 1
         assert not torch.equal(prefix.values[0], init)
     other_init = "padding" if kind == "key_value" else "random"
-    other_kind = {"kind": "activation" if kind == "prompt" else "prompt", "is_reparametrized": False}
-    others = [train(init=other_init), train(n_positions=2), train(**other_kind)]
+    other_kind = "activation" if kind == "prompt" else "prompt"
+    others = [train(init=other_init), train(n_positions=2), train(kind=other_kind)]
     assert all(not same(values_of(other), values_of(prefixes)) for other in others)
     forbid_training()
     assert same(values_of(train()), values_of(prefixes))  # what was asked beyond it has not replaced it
@@ -228,30 +225,6 @@ def test_prefixes_start_where_they_are_told_to(run, tmp_path):
         assert torch.equal(torch.cat(list(values_of(prefixes).values())), expected)
     prefixes, _ = pipeline.train_prefixes(config, model, TASKS, tmp_path, "tokens", n_positions=4, init=[3, 1, 4, 1])
     assert torch.equal(prefixes["Add1"].values[0], initial_prefix(model, 4, [3, 1, 4, 1], "key_value").detach())
-
-
-def test_a_lora_is_trained_beside_the_model_and_read_back(run, tmp_path, forbid_training):
-    _, model = run
-    before = weights_of(model)
-    x = pipeline.dataset(tiny_config(), "test", TASKS).batch(range(6))[0]
-    plain = model(x)[0]
-
-    def train(**changes):
-        options = {"rank": 2, "targets": r"attn\.c_attn"} | changes
-        lora, _ = pipeline.train_lora(tiny_config(), model, Add1(), tmp_path, **options)
-        assert same(weights_of(model), before)
-        assert torch.equal(model(x)[0], plain)  # detached
-        lora.attach()
-        changed = model(x)[0]
-        lora.detach()
-        assert not torch.equal(changed, plain)
-        return changed
-
-    first, other = train(), train(rank=1)
-    assert not torch.equal(first, other)
-    forbid_training()
-    assert torch.equal(train(), first)
-    assert torch.equal(train(rank=1), other)
 
 
 def test_a_run_is_read_whole(run):

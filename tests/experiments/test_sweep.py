@@ -108,7 +108,7 @@ def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeyp
 
 
 def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_path):
-    study = new_study(tmp_path / "study", run, methods=["key_value"], split="test", search=True)
+    study = new_study(tmp_path / "study", run, methods=["key_value"], split="test", search={"seeds": [0]})
     results = run_study(study, n_processes=1)
     splits = [json.loads(path.read_text())["cache_key"] for path in study.folder.glob("cells/*/result.json")]
     tried = [key for key in splits if key["evaluation"]["split"] == "validation"]
