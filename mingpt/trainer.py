@@ -44,6 +44,10 @@ MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
 """The bounds of the configuration's numbers; from 0 without bound where nothing is said."""
 
 
+MAX_ROWS = 1024
+"""Rows that adapters train on at once."""
+
+
 def check_config(config: CfgNode) -> None:
     """Check a Trainer's configuration, before anything is moved or written, and give its values their defaults' types.
 
@@ -283,13 +287,17 @@ class Trainer:
         self._validated = {}
         # The gradient of the mean over all processes' targets is the mean of theirs, weighted by how many each has.
         self._weight = self._weight_of(y)
-        with autocast(self.precision, self.device):
-            loss = self.compute_loss(x, y)
-        (loss * self._weight).backward()
-        self.loss = self.mean(loss.detach())
+        self.loss = self.mean(self.backward(x, y))
         self.average_gradients()
         self.clip_gradients()
         self.optimizer.step()
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the loss's gradients to those of the trained tensors, and return it."""
+        with autocast(self.precision, self.device):
+            loss = self.compute_loss(x, y)
+        (loss * self._weight).backward()
+        return loss.detach()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of every process's value, weighted by its share of the batch's targets."""
@@ -459,10 +467,21 @@ class AdapterTrainer(Trainer):
         for own in super().index_batches():
             yield [(number, own) for number in self._numbers]
 
-    def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean over the adapters that learn of each one's mean cross-entropy, in nats."""
-        with self.adapter.attached(self._numbers) as prefix:
-            return self._forward(x, y, prefixes=prefix, **self._hints)[1]
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """As many adapters at once as have ``MAX_ROWS``, beyond which activations only wait for memory.
+
+        Returns:
+            The mean over the adapters that learn of each one's mean cross-entropy, in nats.
+        """
+        numbers, n_rows = self._numbers, self.config.batch_size
+        size, losses = max(1, MAX_ROWS // n_rows), []
+        for first in range(0, len(numbers), size):
+            own, rows = numbers[first : first + size], slice(first * n_rows, (first + size) * n_rows)
+            with self.adapter.attached(own) as prefix, autocast(self.precision, self.device):
+                loss = self._forward(x[rows], y[rows], prefixes=prefix, **self._hints)[1] * len(own) / len(numbers)
+                (loss * self._weight).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def average_gradients(self) -> None:
         for tensor in self.trainable_parameters():

@@ -1,4 +1,4 @@
-"""To and from the Hugging Face world: models as GPT2LMHeadModel, prefixes and LoRAs as PEFT adapters (extra ``hf``).
+"""To and from the Hugging Face world: models as GPT2LMHeadModel, adapters as PEFT's (extra ``hf``).
 
 Legend: P prefix positions, C channels, L layers.
 """
@@ -6,14 +6,19 @@ Legend: P prefix positions, C channels, L layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from mingpt.adapters import LoRA
+from mingpt.adapters import Adapter, LoRA
+from mingpt.adapters.lora import IA3, DoRA, LowRank, VeRA
+from mingpt.adapters.prefixes import Cartridge
 from mingpt.model import GPT, TRANSPOSED
 from mingpt.prefix import Prefix, as_key_value
 from mingpt.storage.checkpoint import load_weights
+
+_ROOT = "base_model.model."  # before the names of a model's tensors in PEFT's files
 
 
 def to_huggingface(model: GPT) -> Any:
@@ -37,29 +42,58 @@ def to_huggingface(model: GPT) -> Any:
     return other.to(model.device).train(model.training)
 
 
-def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path) -> None:
-    """Write a prefix or a LoRA as an adapter for PEFT: ``PeftModel.from_pretrained(to_huggingface(model), folder)``.
+def export_peft(model: GPT, adapter: Tensor | Prefix | Adapter, folder: str | Path) -> None:
+    """Write an adapter for PEFT: ``PeftModel.from_pretrained(to_huggingface(model), folder)``.
 
     PEFT's prefixes are keys and values: a prefix of another kind is written as the keys and values that it comes to.
+    Its model puts them before the content, which has no padding then; with any other adapter the padding is read.
 
     Args:
         model: that the adapter was learned for.
-        adapter: one prefix of any kind, see ``mingpt.prefix.as_prefix``, or a LoRA.
+        adapter: one prefix of any kind, see ``mingpt.prefix.as_prefix``, or an adapter of one.
         folder: new, or one to overwrite.
 
     Raises:
-        ValueError: for a prefix that stands for more or fewer tokens than it has positions, which PEFT does not know.
+        ValueError: for a method that PEFT does not have, more than one adapter, or a prefix that stands for more or
+            fewer tokens than it has positions, which PEFT does not know.
     """
     import peft
     from safetensors.torch import save_file
 
+    if isinstance(adapter, Adapter) and adapter.n_adapters > 1:
+        raise ValueError(f"expected one adapter, got {adapter.n_adapters}; PEFT keeps each in a folder of its own")
+    is_cartridge = isinstance(adapter, Cartridge)
+    if isinstance(adapter, Adapter) and type(adapter).hooks is Adapter.hooks:  # only a prefix
+        adapter = cast(Prefix, adapter.prefix())
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
-    if isinstance(adapter, LoRA):
-        rank, names = adapter.a[0].shape[1], list(adapter.names)
-        common["lora_alpha"] = adapter.scale * rank
-        config = peft.LoraConfig(r=rank, target_modules=names, fan_in_fan_out=True, **common)
-        own = adapter.state_dict()
-        weights = {theirs: own[name][0] for name, theirs in _peft_names(adapter).items()}
+    config: Any
+    if isinstance(adapter, Adapter):
+        own = {name: tensor[0] for name, tensor in adapter.state_dict().items()}
+        if isinstance(adapter, IA3):
+            both = r"attn\.c_attn$|mlp\.c_proj$"
+            config = peft.IA3Config(
+                target_modules=rf".*({both})", feedforward_modules=r".*mlp\.c_proj$", fan_in_fan_out=True, **common
+            )
+            ones, width = own["keys_values.0"].new_ones(model.config.n_embd), model.config.n_layer
+            weights = {
+                f"{_ROOT}transformer.h.{n}.attn.c_attn.ia3_l": torch.cat([ones, own[f"keys_values.{n}"]])[:, None]
+                for n in range(width)
+            } | {f"{_ROOT}transformer.h.{n}.mlp.c_proj.ia3_l": own[f"hidden.{n}"][None] for n in range(width)}
+        elif isinstance(adapter, LowRank):
+            names, options = list(adapter.names), common | {"fan_in_fan_out": True}
+            options["target_modules"] = names
+            if isinstance(adapter, VeRA):
+                rank = len(own["d.0"])
+                config = peft.VeraConfig(r=rank, **options)
+                weights = {"base_model.vera_A": own["shared_a"], "base_model.vera_B": own["shared_b"]}
+            else:
+                rank = len(own["a.0"])
+                is_dora = isinstance(adapter, DoRA)
+                config = peft.LoraConfig(r=rank, lora_alpha=adapter.scale * rank, use_dora=is_dora, **options)
+                weights = {}
+            weights |= {theirs: own[name] for name, theirs in _peft_names(adapter).items()}
+        else:
+            raise ValueError(f"PEFT has no {type(adapter).__name__}; save_adapter keeps it for this package")
     else:
         if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
             raise ValueError(
@@ -69,7 +103,8 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | LoRA, folder: str | Path)
         values = as_key_value(model, adapter)
         n_layer, _, n_positions, n_embd = values.shape
         common |= {"num_layers": n_layer, "num_attention_heads": model.config.n_head, "token_dim": n_embd}
-        config = peft.PrefixTuningConfig(num_virtual_tokens=n_positions, **common)
+        config_class = peft.CartridgeConfig if is_cartridge else peft.PrefixTuningConfig
+        config = config_class(num_virtual_tokens=n_positions, **common)
         weights = {"prompt_embeddings": values.detach().permute(2, 0, 1, 3).flatten(1)}  # (P, L * 2 * C)
     config.save_pretrained(str(folder))
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
@@ -99,7 +134,7 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
         values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
         return Prefix("key_value", values[None].contiguous().to(model.device))
     if config.peft_type == peft.PeftType.LORA:
-        names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights}
+        names = {name.removeprefix(_ROOT).rpartition(".lora_")[0] for name in weights}
         is_linear = names <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
             raise ValueError(f"{folder}: only a plain LoRA of linear layers is supported, with one rank and alpha")
@@ -109,7 +144,16 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
     raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
 
 
-def _peft_names(lora: LoRA) -> dict[str, str]:
-    """What PEFT calls a LoRA's matrices, by their names in its ``state_dict``."""
-    layers = [f"base_model.model.{name}.lora" for name in lora.names]
-    return {f"{own}.{n}": f"{layer}_{own.upper()}.weight" for n, layer in enumerate(layers) for own in "ab"}
+def _peft_names(lora: LowRank) -> dict[str, str]:
+    """What PEFT calls a LoRA's, a DoRA's or a VeRA's tensors, by their names in its ``state_dict``."""
+    named = {
+        "a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+        "d": "vera_lambda_d", "scale_out": "vera_lambda_b",
+    }  # fmt: skip
+    layers, known = [f"{_ROOT}{name}" for name in lora.names], {name.split(".")[0] for name in lora.state_dict()}
+    return {
+        f"{own}.{n}": f"{layer}.{theirs}"
+        for n, layer in enumerate(layers)
+        for own, theirs in named.items()
+        if own in known
+    }

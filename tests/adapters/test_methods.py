@@ -8,6 +8,7 @@ from reference import random_model
 
 from mingpt.adapters import METHODS
 from mingpt.datasets import CustomDataset
+from mingpt.storage import CheckpointError, load_adapter, save_adapter
 from mingpt.tasks import Add1, LessThan, SortAscending
 from mingpt.trainer import AdapterTrainer, Trainer
 from mingpt.utils import set_seed
@@ -84,3 +85,28 @@ def test_training_together_is_training_alone_and_leaves_the_model(name):
     torch.testing.assert_close(of_all, by_itself, atol=1e-4, rtol=1e-4)
     assert (of_all - model(x)[0][:, -LENGTH:]).abs().max() > 1e-2
     assert all(torch.equal(weights[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_an_adapter_is_read_back_as_it_was(tmp_path, name):
+    """One of several, into a fresh model of the same weights; another model is refused."""
+    model, data = new_model(), datasets()[1]
+    adapter = new_adapters(name, model)
+    adapter.detach()
+    for parameter in adapter.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    x = data.with_split("test").batch(range(20))[0]
+    with adapter.attached([1]) as prefix:
+        expected = model(x, prefixes=prefix, n_last=LENGTH)[0]
+    save_adapter(tmp_path / "one.safetensors", adapter, name, SIZE, data, 1, note="mine")
+    other = new_model()
+    loaded, description = load_adapter(tmp_path / "one.safetensors", other)
+    plain = other(x)[0]
+    assert (type(loaded), loaded.n_adapters, description["note"]) == (METHODS[name], 1, "mine")
+    with loaded.attached() as prefix:
+        assert torch.equal(other(x, prefixes=prefix, n_last=LENGTH)[0], expected)
+    assert torch.equal(other(x)[0], plain)
+    next(other.parameters()).mul_(2)
+    with pytest.raises(CheckpointError, match=r"one\.safetensors"):
+        load_adapter(tmp_path / "one.safetensors", other)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import random
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,8 @@ from test_reproduction import tiny_config
 from mingpt.experiments import pipeline, sweep
 from mingpt.experiments.sweep import Study, run_shard, run_study
 from mingpt.trainer import AdapterTrainer
+
+N_KILLS = int(os.environ.get("N_KILLS", "8"))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,34 @@ def test_a_pack_that_was_cut_off_is_not_trained_again(run, tmp_path, monkeypatch
     assert {path: path.stat().st_mtime_ns for path in written} == stamps
     assert (whole.folder / "results.csv").read_bytes() == (cut.folder / "results.csv").read_bytes()
     assert not list(cut.folder.glob("packs/*.safetensors"))
+
+
+def test_kills_at_random_moments_lose_no_cell_and_repeat_none(run, tmp_path):
+    """Whatever a killed process has written stays as it is, and the table is that of a run that was left alone."""
+    options = {"pack": 3, "max_iters": [40], "seeds": range(N_KILLS // 2)}
+    whole, cut = new_study(tmp_path / "whole", run, **options), new_study(tmp_path / "cut", run, **options)
+    cut = replace(cut, prefix=cut.prefix | {"checkpoint_every": 2})
+    whole = replace(whole, prefix=cut.prefix)
+    run_shard(whole)
+    whole.write_tables()
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["mingpt.experiments.sweep"])
+    stamps, n_cut = {}, 0
+    while n_cut < N_KILLS and cut.missing():
+        process = context.Process(target=run_shard, args=[cut])
+        process.start()
+        process.join(moments.uniform(0.3, 1.5))
+        n_cut += process.is_alive()
+        process.kill()
+        process.join()
+        found = {path: path.stat().st_mtime_ns for path in cut.folder.glob("cells/*/result.json")}
+        assert found.items() >= stamps.items()
+        stamps = found
+    assert n_cut > N_KILLS // 2
+    run_shard(cut)
+    cut.write_tables()
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert (whole.folder / "results.csv").read_bytes() == (cut.folder / "results.csv").read_bytes()
 
 
 def test_a_larger_study_computes_only_what_is_new(run, tmp_path, monkeypatch):

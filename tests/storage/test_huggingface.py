@@ -6,10 +6,12 @@ import pytest
 import torch
 from reference import random_model
 
-from mingpt.adapters import LoRA
+from mingpt.adapters import METHODS, LoRA
+from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.huggingface import as_key_value, export_peft, import_peft, to_huggingface
+from mingpt.tasks import Add1
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -89,6 +91,37 @@ def test_an_exported_lora_gives_the_same_logits(tmp_path, targets):
     imported = import_peft(tmp_path, model)
     assert imported.names == lora.names
     assert torch.equal(model(x)[0], expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_method_that_peft_has_is_exported_and_another_is_refused(tmp_path, name):
+    """In PEFT each gives the same logits on the same weights."""
+    model, x = new_model(), with_placeholders(rows(200))
+    data = CustomDataset("train", [Add1()], length=4, num_digits=9, prefix_padding=P)
+    adapter = METHODS[name](model, data, 2 if METHODS[name].unit == "rank" else P)
+    adapter.detach()
+    drawn = torch.Generator().manual_seed(5)
+    for parameter in adapter.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=drawn)
+    before = model(x)[0]
+    with adapter.attached() as prefix:
+        expected = model(x, prefixes=prefix)[0]
+    assert (expected - before)[:, P:].abs().max() > 0.01
+    if name in ("full", "loreft", "gated", "prefix-tuning+", "prefix+lora"):
+        with pytest.raises(ValueError, match=f"PEFT has no {type(adapter).__name__}; save_adapter keeps it"):
+            export_peft(model, adapter, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    export_peft(model, adapter, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(to_huggingface(model), str(tmp_path)).eval()
+    is_prefix = loaded.active_peft_config.is_prompt_learning
+    assert is_prefix == (METHODS[name].unit == "positions")
+    logits = loaded(x[:, P:]).logits if is_prefix else loaded(x).logits[:, P:]
+    assert (logits - expected[:, P:]).abs().max() <= 1e-5
+    adapter.extend([METHODS[name](model, data, 2 if METHODS[name].unit == "rank" else P)])
+    with pytest.raises(ValueError, match="expected one adapter, got 2"):
+        export_peft(model, adapter, tmp_path)
 
 
 def test_adapters_of_another_size_or_kind_are_refused(tmp_path):
