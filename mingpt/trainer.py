@@ -44,7 +44,7 @@ MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
 """The bounds of the configuration's numbers; from 0 without bound where nothing is said."""
 
 
-MAX_ROWS = 1024
+MAX_ROWS = 512
 """Rows that adapters train on at once."""
 
 
