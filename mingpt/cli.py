@@ -252,7 +252,7 @@ def sweep(file: str, processes: int | None, slurm: str | None, shard: str | None
     """
     if file == "status":
         studies = [Study.read(path) for path in sorted(Path("studies").glob("*.toml"))]
-        states = {str(study.folder): {"done": study.n_done(), "cells": len(study.cells)} for study in studies}
+        states = {str(study.folder): study.progress() for study in studies}
         text = [f"{name:30} {own['done']:6} of {own['cells']} cells" for name, own in states.items()]
         _echo_result(states, "\n".join(text) or "no studies/*.toml here", as_json)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mingpt.adapters.adapter import Adapter
+from mingpt.adapters.bitfit import BitFit
 from mingpt.adapters.lora import IA3, AttentionLoRA, DoRA, MLPLoRA, VeRA
 from mingpt.adapters.others import FullFineTuning, GatedPrefix, LoReFT, PrefixAndLoRA, PrefixTuningPlus
 from mingpt.adapters.prefixes import (
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Adapter]] = {
     "dora": DoRA,
     "vera": VeRA,
     "ia3": IA3,
+    "bitfit": BitFit,
     "loreft": LoReFT,
     "prompt": SoftPrompt,
     "activation": ActivationPrefix,

@@ -5,6 +5,7 @@ A study is a TOML file, or a ``Study`` in Python. What its cells come to is in t
     cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function
     packs/                       what is being trained, and the study as its processes read it
     results.csv, seconds.csv     the table, and what each cell took
+    search.csv, rates.json       all tries of a search, and each method's rate
 
 Cells of one model, method and size train in one batch, a pack. Which cells go together is a function of the study, and
 every pack is computed by one thread, so the table is the same to the byte however the packs are shared out.
@@ -211,9 +212,19 @@ class Study:
         """The cells that have no result yet."""
         return [cell for cell, path in self.paths.items() if not path.exists()]
 
-    def n_done(self) -> int:
-        """How many cells have a result; of a search, the cells at all the rates that are asked for."""
-        return len(self.cells) - len(self.missing())
+    def scored(self) -> Study | None:
+        """The grid that is scored: after a search it has the rates that were chosen, before it there is none."""
+        path = self.folder / "rates.json"
+        if self.search is None:
+            return self
+        rates = {name: [rate] for name, rate in read_json(path).items()} if path.exists() else {}
+        return replace(self, search=None, learning_rates=rates) if rates.keys() >= set(self.methods) else None
+
+    def progress(self) -> dict[str, int]:
+        """How many cells have a result, "done", and how many there are, "cells"; without the tries of a search."""
+        scored = self.scored()
+        cells = {cell[:-1] for cell in self.cells} if self.search is not None else self.cells
+        return {"done": len(scored.cells) - len(scored.missing()) if scored else 0, "cells": len(cells)}
 
     def results(self) -> DataFrame:
         """A row for each cell that has a result: the cell, and what it came to.
@@ -310,7 +321,8 @@ def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, 
     """
     if study.search is not None:
         rates = search_rates(replace(study, search=None, split="validation", **study.search), n_processes, slurm)
-        study = replace(study, search=None, learning_rates={name: [rate] for name, rate in rates.items()})
+        write_atomic(study.folder / "rates.json", json.dumps(rates, indent=1).encode())
+        study = cast(Study, study.scored())
     n_processes = min(n_processes or os.cpu_count() or 1, len(study.packs))
     text = json.dumps(asdict(study) | {"folder": str(study.folder)})
     file = study.folder / "packs" / f"study-{json_checksum(text)[:8]}.json"

@@ -19,6 +19,7 @@ from mingpt.prefix import Prefix, as_key_value
 from mingpt.storage.checkpoint import load_weights
 
 _ROOT = "base_model.model."  # before the names of a model's tensors in PEFT's files
+_COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
 
 
 def to_huggingface(model: GPT) -> Any:
@@ -60,55 +61,58 @@ def export_peft(model: GPT, adapter: Tensor | Prefix | Adapter, folder: str | Pa
     import peft
     from safetensors.torch import save_file
 
-    if isinstance(adapter, Adapter) and adapter.n_adapters > 1:
-        raise ValueError(f"expected one adapter, got {adapter.n_adapters}; PEFT keeps each in a folder of its own")
-    is_cartridge = isinstance(adapter, Cartridge)
-    if isinstance(adapter, Adapter) and type(adapter).hooks is Adapter.hooks:  # only a prefix
-        adapter = cast(Prefix, adapter.prefix())
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
-    config: Any
     if isinstance(adapter, Adapter):
-        own = {name: tensor[0] for name, tensor in adapter.state_dict().items()}
-        if isinstance(adapter, IA3):
-            both = r"attn\.c_attn$|mlp\.c_proj$"
-            config = peft.IA3Config(
-                target_modules=rf".*({both})", feedforward_modules=r".*mlp\.c_proj$", fan_in_fan_out=True, **common
-            )
-            ones, width = own["keys_values.0"].new_ones(model.config.n_embd), model.config.n_layer
-            weights = {
-                f"{_ROOT}transformer.h.{n}.attn.c_attn.ia3_l": torch.cat([ones, own[f"keys_values.{n}"]])[:, None]
-                for n in range(width)
-            } | {f"{_ROOT}transformer.h.{n}.mlp.c_proj.ia3_l": own[f"hidden.{n}"][None] for n in range(width)}
-        elif isinstance(adapter, LowRank):
-            names, options = list(adapter.names), common | {"fan_in_fan_out": True}
-            options["target_modules"] = names
-            if isinstance(adapter, VeRA):
-                rank = len(own["d.0"])
-                config = peft.VeraConfig(r=rank, **options)
-                weights = {"base_model.vera_A": own["shared_a"], "base_model.vera_B": own["shared_b"]}
-            else:
-                rank = len(own["a.0"])
-                is_dora = isinstance(adapter, DoRA)
-                config = peft.LoraConfig(r=rank, lora_alpha=adapter.scale * rank, use_dora=is_dora, **options)
-                weights = {}
-            weights |= {theirs: own[name] for name, theirs in _peft_names(adapter).items()}
-        else:
-            raise ValueError(f"PEFT has no {type(adapter).__name__}; save_adapter keeps it for this package")
+        config, weights = _adapter_weights(model, adapter)
     else:
-        if isinstance(adapter, Prefix) and adapter.n_placeholders != adapter.n_positions:
-            raise ValueError(
-                f"the prefix has {adapter.n_positions} positions and {adapter.n_placeholders} placeholders; PEFT's "
-                "content comes after all positions, so it cannot be exported"
-            )
-        values = as_key_value(model, adapter)
-        n_layer, _, n_positions, n_embd = values.shape
-        common |= {"num_layers": n_layer, "num_attention_heads": model.config.n_head, "token_dim": n_embd}
-        config_class = peft.CartridgeConfig if is_cartridge else peft.PrefixTuningConfig
-        config = config_class(num_virtual_tokens=n_positions, **common)
-        weights = {"prompt_embeddings": values.detach().permute(2, 0, 1, 3).flatten(1)}  # (P, L * 2 * C)
+        config, weights = _prefix_weights(model, adapter)
     config.save_pretrained(str(folder))
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _prefix_weights(model: GPT, prefix: Tensor | Prefix, kind: str = "PrefixTuningConfig") -> tuple[Any, dict]:
+    import peft
+
+    if isinstance(prefix, Prefix) and prefix.n_placeholders != prefix.n_positions:
+        raise ValueError(
+            f"the prefix has {prefix.n_positions} positions and {prefix.n_placeholders} placeholders; PEFT's "
+            "content comes after all positions, so it cannot be exported"
+        )
+    values = as_key_value(model, prefix)
+    n_layer, _, n_positions, n_embd = values.shape
+    options = _COMMON | {"num_layers": n_layer, "num_attention_heads": model.config.n_head, "token_dim": n_embd}
+    config = getattr(peft, kind)(num_virtual_tokens=n_positions, **options)
+    return config, {"prompt_embeddings": values.detach().permute(2, 0, 1, 3).flatten(1)}  # (P, L * 2 * C)
+
+
+def _adapter_weights(model: GPT, adapter: Adapter) -> tuple[Any, dict[str, Tensor]]:
+    import peft
+
+    if adapter.n_adapters > 1:
+        raise ValueError(f"expected one adapter, got {adapter.n_adapters}; PEFT keeps each in a folder of its own")
+    if type(adapter).hooks is Adapter.hooks:  # only a prefix
+        kind = "CartridgeConfig" if isinstance(adapter, Cartridge) else "PrefixTuningConfig"
+        return _prefix_weights(model, cast(Prefix, adapter.prefix()), kind)
+    options: dict[str, Any] = _COMMON | {"fan_in_fan_out": True}
+    own = {name: each[0] for name, each in adapter.state_dict().items()}
+    if isinstance(adapter, IA3):
+        weights = {}
+        for layer in range(model.config.n_layer):
+            block, keys_values = f"{_ROOT}transformer.h.{layer}.", own[f"keys_values.{layer}"]
+            queries = keys_values.new_ones(model.config.n_embd)
+            weights[f"{block}attn.c_attn.ia3_l"] = torch.cat([queries, keys_values])[:, None]
+            weights[f"{block}mlp.c_proj.ia3_l"] = own[f"hidden.{layer}"][None]
+        options |= {"target_modules": r".*(attn\.c_attn|mlp\.c_proj)", "feedforward_modules": r".*mlp\.c_proj"}
+        return peft.IA3Config(**options), weights
+    if not isinstance(adapter, LowRank):
+        raise ValueError(f"PEFT has no {type(adapter).__name__}; save_adapter keeps it for this package")
+    options["target_modules"] = list(adapter.names)
+    weights = {theirs: own[name] for name, theirs in _peft_names(adapter).items()}
+    if isinstance(adapter, VeRA):
+        weights |= {"base_model.vera_A": own["shared_a"], "base_model.vera_B": own["shared_b"]}
+        return peft.VeraConfig(r=len(own["d.0"]), **options), weights
+    options |= {"lora_alpha": adapter.scale * len(own["a.0"]), "use_dora": isinstance(adapter, DoRA)}
+    return peft.LoraConfig(r=len(own["a.0"]), **options), weights
 
 
 def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def load_adapter(path: str | Path, model: GPT) -> tuple[Adapter, dict[str, Any]]
     """
     tensors, description = load_checkpoint(path, kind="adapter", model=weights_hash(model))
     try:
-        method: Callable[..., Adapter] = METHODS[description["method"]]
+        method = cast(Callable[..., Adapter], METHODS[description["method"]])
         adapter = method(model, CustomDataset.from_description(description["data"]), description["size"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: it does not hold an adapter for this model: {error}") from None

@@ -13,6 +13,7 @@ import pytest
 from pandas import DataFrame
 from test_reproduction import tiny_config
 
+from mingpt.evaluation import evaluate
 from mingpt.experiments import pipeline, sweep
 from mingpt.experiments.sweep import Study, run_shard, run_study
 from mingpt.trainer import AdapterTrainer
@@ -142,7 +143,10 @@ def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeyp
 
 def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_path):
     study = new_study(tmp_path / "study", run, methods=["key_value"], split="test", search={"seeds": [0]})
+    assert study.progress() == {"done": 0, "cells": 4}
     results = run_study(study, n_processes=1)
+    assert study.progress() == {"done": 4, "cells": 4}
+    assert {cell.learning_rate for cell in study.scored().cells} == set(results["learning_rate"])
     splits = [json.loads(path.read_text())["cache_key"] for path in study.folder.glob("cells/*/result.json")]
     tried = [key for key in splits if key["evaluation"]["split"] == "validation"]
     assert {key["seed"] for key in tried} == {0}
@@ -154,6 +158,24 @@ def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_
         (task, seed) for task in ("Add1", "SortAscending") for seed in (0, 1)
     ]
     assert len(results) == 4
+
+
+def test_what_was_trained_is_kept_and_curves_say_how_it_got_there(run, tmp_path):
+    prefix = {"batch_size": 4, "warmup_iters": 0, "validate_every": 2, "validation_rows": 10, "decay_fraction": 0.5}
+    study = replace(new_study(tmp_path / "study", run, keep=True, max_iters=[7]), prefix=prefix)
+    run_shard(study)
+    results = study.results().set_index(["method", "task", "seed", "learning_rate"])
+    model, _ = sweep.read_model(run)
+    for cell in study.cells:
+        found = results.loc[cell.method, cell.task, cell.seed, cell.learning_rate]
+        assert len(found["curve"]) == 3
+        rows = study.data(cell).with_split("validation")
+        with study.adapter(cell).attached() as prefix:
+            score = evaluate(model, rows, prefix, 20, precision="float32")
+        assert score.n_correct == found["n_correct"]
+    other = new_study(tmp_path / "other", run)
+    with pytest.raises(FileNotFoundError):
+        other.adapter(other.cells[0])
 
 
 def test_a_rate_for_another_method_only_is_refused(run, tmp_path):

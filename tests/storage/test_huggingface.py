@@ -108,7 +108,7 @@ def test_a_method_that_peft_has_is_exported_and_another_is_refused(tmp_path, nam
     with adapter.attached() as prefix:
         expected = model(x, prefixes=prefix)[0]
     assert (expected - before)[:, P:].abs().max() > 0.01
-    if name in ("full", "loreft", "gated", "prefix-tuning+", "prefix+lora"):
+    if name in ("full", "bitfit", "loreft", "gated", "prefix-tuning+", "prefix+lora"):
         with pytest.raises(ValueError, match=f"PEFT has no {type(adapter).__name__}; save_adapter keeps it"):
             export_peft(model, adapter, tmp_path)
         assert not list(tmp_path.iterdir())
