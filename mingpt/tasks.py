@@ -55,6 +55,12 @@ class Values(NamedTuple):
         """Apply an interval function to both parts."""
         return Values(function(self.first), function(self.rest))
 
+    def contain(self, rows: np.ndarray) -> np.ndarray:
+        """Whether each element of rows (..., T) is one that they may hold."""
+        is_rest = (rows >= self.rest.low) & (rows <= self.rest.high)
+        is_rest[..., 0] = (rows[..., 0] >= self.first.low) & (rows[..., 0] <= self.first.high)
+        return is_rest
+
 
 class Task:
     """A function on rows of integers; subclass it and write ``solve`` to add one.

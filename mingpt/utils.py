@@ -137,6 +137,13 @@ class CfgNode:
         """Return a copy whose nested nodes and values are copies too."""
         return copy.deepcopy(self)
 
+    def changed(self, values: Mapping[str, Any]) -> CfgNode:
+        """A copy with some dotted keys overridden, ``changed({"trainer.max_iters": 10})``; see ``override``."""
+        other = self.copy()
+        for key, value in values.items():
+            other.override(key, value)
+        return other
+
     def merge_from_dict(self, values: Mapping[str, Any]) -> None:
         """Set each key to its value, as assignment would."""
         for key, value in values.items():

@@ -28,7 +28,6 @@ SMALLER = {
     r"prefix\.max_iters=3000": "prefix.max_iters=3",
     r"^make ": f"make --dry-run --directory {shlex.quote(str(REPOSITORY))} ",
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
-    r"^mingpt compare ": "mingpt compare --methods activation,prompt --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",
     r"runs/seed": "runs/smoke",
     r"-- reproduce ": "-- reproduce --preset smoke ",
@@ -36,7 +35,7 @@ SMALLER = {
 """What is made smaller, so that the test ends in time: patterns, and what takes their place."""
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SLOW = ("torchrun", "mingpt prefix", "mingpt compare", "mingpt reproduce")
+SLOW = ("torchrun", "mingpt prefix", "mingpt reproduce")
 """A block with one of these trains, or starts several processes."""
 
 WORKER = """
@@ -143,13 +142,20 @@ def test_the_commands_within_the_text_are_right(command):
     known.make_context(name, arguments)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "checkpoints/README.md", "docs/methods.md", "docs/performance.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
+PAGES += [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+def test_the_manual_has_the_method_that_the_package_has():
+    source = (REPOSITORY / "mingpt/adapters/bitfit.py").read_text()
+    assert source[source.index("class BitFit") :] in (REPOSITORY / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_pages_point_to_is_there(page):
     text = (REPOSITORY / page).read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    files = re.findall(r"`((?:mingpt|tests|benchmarks|docs|notebooks|checkpoints)/[\w./+-]+)`", text)
+    files = re.findall(r"`((?:mingpt|tests|benchmarks|docs|notebooks|checkpoints|studies)/[\w./+-]+)`", text)
     for path in links:
         assert ((REPOSITORY / page).parent / path).exists(), path
     for path in files:

@@ -59,6 +59,13 @@ def test_golden_rows(golden):
     assert contains(task.input_values(num_digits=10), np.array(golden["input"]))
 
 
+def test_which_elements_a_row_may_hold():
+    values = Values(Interval(5, 5), Interval(0, 3))
+    rows = np.array([[5, 0, 3], [4, 4, 5]])
+    assert values.contain(rows).tolist() == [[True, True, True], [False, False, False]]
+    assert values.contain(rows[0]).tolist() == [True, True, True]
+
+
 # ------------------------------------------------------------------------- references, one element at a time
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mingpt.evaluation import ConstraintEffect, Score
-from mingpt.prefix import Record
+from mingpt.model import GPT
+from mingpt.prefix import Prefix, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,6 +106,33 @@ def attention_visualization(
     shrink, pad = min(1.0, 2.5 / (n_layers * panel)), 0.15 / figure.get_figwidth()
     _tidy(figure.colorbar(mesh, ax=grid, label=label, shrink=shrink, pad=pad, anchor=(0, 1)).ax)
     return figure
+
+
+def attention_maps(
+    model: GPT, x: Tensor, length: int, prefix: Tensor | Prefix | None = None, title: str = "", **options: Any
+) -> tuple[Figure, list[Tensor]]:
+    """Run one row through a model and draw what every head attends to.
+
+    Args:
+        model: a GPT, in evaluation mode.
+        x: (1, P + 2 L - 1) of int64, a row with its solution, as the model reads it.
+        length: L.
+        prefix: see ``GPT.forward``; it may have other positions than it has placeholders.
+        title: above the figure.
+        options: of ``attention_visualization``.
+
+    Returns:
+        The figure, and each layer's attention among the content rescaled to sum to 1, (H, T, T) on the CPU.
+    """
+    record: Record = []
+    with torch.no_grad():
+        model(x, prefixes=prefix, activations_record=record)
+    attention = [each[0].cpu() for name, each in record if name == "attention"]
+    size = attention[0].shape[-1] - (2 * length - 1)
+    sample = torch.cat([x.new_zeros(size), x[0, 1 - 2 * length :], x.new_zeros(1)]).cpu()  # the last token is not read
+    content = [each[:, size:, size:] for each in attention]
+    figure = attention_visualization(sample, record, size, length, title, **options)
+    return figure, [each / each.sum(dim=-1, keepdim=True) for each in content]
 
 
 def _attention_maps(sample: Tensor, activations_record: Record, prefix_size: int, length: int) -> Tensor:
@@ -250,39 +278,6 @@ def paired_bars(
         label.set_fontweight("bold" if label.get_text() in groups else "normal")
     ax.set(xlim=(0, 110), ylim=(len(names) - 0.3, -0.6), xlabel="accuracy in percent, with its 95% interval")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return figure
-
-
-def accuracy_curves(
-    panels: Mapping[str, Mapping[str, Mapping[int, Score]]], title: str = "", reference: tuple[str, float] | None = None
-) -> Figure:
-    """Draw how accuracy grows with something, with 95% intervals: a panel for each thing, a line for each name.
-
-    Args:
-        panels: by what is on the horizontal axis, such as "iterations": by name, scores by its value, on a logarithmic
-            scale.
-        title: above the figure.
-        reference: a label and an accuracy, 0 to 1, to draw as a line.
-    """
-    import seaborn as sns
-
-    size, shape = (2.5 * len(panels) + 1.0, 3.2), (1, len(panels))
-    figure, (grid,) = _new_figure(size, title, shape, lines="both", sharey=True)
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-    for ax, (quantity, lines) in zip(grid, panels.items(), strict=True):
-        for name, scores in lines.items():
-            style = {"color": colors[name], "linewidth": 1.3, "markersize": 3.5, "capsize": 2, "label": name}
-            ax.errorbar(list(scores), *_percent_and_errors(scores.values()), marker="o", **style)
-        if reference is not None:
-            ax.axhline(100 * reference[1], color="0.35", linestyle=":", linewidth=1.2, label=reference[0])
-        ticks = sorted({x for scores in lines.values() for x in scores})
-        ax.set(xscale="log", xlabel=quantity, ylim=(-3, 103))
-        ax.minorticks_off()
-        ax.set_xticks(ticks, list(map(str, ticks)))
-    grid[0].set_ylabel("accuracy in percent")
-    handles = {label: handle for ax in grid for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mingpt.analysis.figures import head_heatmap
 from mingpt.kv_cache import pieces_of
 from mingpt.model import GPT, Block
-from mingpt.prefix import Prefix, as_prefix
+from mingpt.prefix import AXES, Prefix, as_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,6 +144,35 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
         entropy = -torch.xlogy(spread, spread).sum(dim=-1)
         found["attention_perplexity"].append(entropy.mean(dim=(0, 2)).exp())
     return BiasSubspace(**{name: torch.stack(values) for name, values in found.items()})
+
+
+@torch.no_grad()
+def random_case(
+    seed: int, n_layer: int, n_head: int, head_size: int, n_positions: int, n_tokens: int, kind: str, gain: float = 1.0
+) -> tuple[GPT, Prefix, Tensor]:
+    """A GPT that nobody has trained, a prefix for it and rows to read: what the statements are checked on.
+
+    Args:
+        seed: of all that is drawn.
+        n_layer, n_head, head_size: of the model, whose weights have a standard deviation of gain / sqrt(C).
+        n_positions: P.
+        n_tokens: T.
+        kind: of the prefix, drawn from the standard normal distribution.
+        gain: see above.
+
+    Returns:
+        The model, the prefix, and rows (3, P + T) of int64.
+    """
+    generator, n_embd = torch.Generator().manual_seed(seed), n_head * head_size
+    config = GPT.get_default_config()
+    config.merge_from_dict({"model_type": None, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
+    config.merge_from_dict({"vocab_size": 11, "block_size": n_positions + n_tokens})
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / n_embd**0.5)
+    sizes = {"L": n_layer, "2": 2, "P": n_positions, "C": n_embd}
+    values = torch.randn([1, *(sizes[axis] for axis in AXES[kind])], generator=generator)
+    return model, Prefix(kind, values), torch.randint(11, (3, n_positions + n_tokens), generator=generator)
 
 
 def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:

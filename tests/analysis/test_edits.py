@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_theory import random_case
 
 from mingpt.analysis.edits import cut_biases, match_attention, steering_prefix, swap_keys
+from mingpt.analysis.theory import random_case
 from mingpt.prefix import Prefix, as_key_value
 
 SIZES = {"n_layer": 3, "n_head": 2, "head_size": 8, "n_positions": 4, "n_tokens": 6}

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -17,8 +18,8 @@ from pandas import DataFrame
 
 from mingpt.analysis.figures import (
     PREFIX_COLORS,
-    accuracy_curves,
     accuracy_matrix_figure,
+    attention_maps,
     attention_visualization,
     forbidden_mass_figure,
     head_heatmap,
@@ -28,6 +29,7 @@ from mingpt.analysis.figures import (
     position_accuracy_figure,
     read_metrics,
 )
+from mingpt.analysis.theory import random_case
 from mingpt.evaluation import ConstraintEffect, Score
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS
 
@@ -58,6 +60,21 @@ def panels_of(figure):
 def cells_of(ax):
     """The heatmap's values, (rows, columns), masked where there is no cell."""
     return np.ma.asarray(ax.collections[0].get_array())
+
+
+@pytest.mark.parametrize("n_positions", [None, P, P - 1])
+def test_attention_maps_are_those_of_the_model(n_positions):
+    """Without a prefix, with one, and with one that is shorter than its placeholders."""
+    model, prefix, x = random_case(0, 2, 2, 4, n_positions or P, T, "key_value")
+    x = x[:1, :T]
+    prefix = n_positions and replace(prefix, n_placeholders=P)
+    figure, content = attention_maps(model, x, L, prefix, "title", ignore_and_rescale_prefix=True)
+    without = attention_maps(model, x, L)[1]
+    assert [tuple(each.shape) for each in content] == [(2, 2 * L - 1, 2 * L - 1)] * 2
+    assert torch.allclose(content[0], without[0], atol=1e-6)  # the first layer's, which a prefix cannot change
+    assert torch.allclose(content[1], without[1], atol=1e-6) == (n_positions is None)
+    drawn = cells_of(panels_of(figure)[0]).data
+    assert np.allclose(drawn[np.tril_indices(2 * L - 1)], content[0][0].numpy()[np.tril_indices(2 * L - 1)], atol=1e-6)
 
 
 def labels(axis, minor=False):
@@ -321,28 +338,6 @@ def test_bar_labels_do_not_overlap(n_rows):
 
 
 # ------------------------------------------------------------------------------------------------- training
-
-
-def test_accuracy_curves_are_the_scores_with_their_intervals():
-    panels = {
-        "iterations": {"A": {10: score(320), 100: score(1600), 1000: score(3200)}},
-        "layers": {"A": {1: score(0), 2: score(800)}, "B": {1: score(32)}},
-    }
-    figure = accuracy_curves(panels, "title", reference=("published", 0.75))
-    assert [ax.get_xlabel() for ax in figure.axes] == list(panels)
-    assert labels(figure.axes[0].xaxis) == ["10", "100", "1000"]
-    for ax, lines in zip(figure.axes, panels.values(), strict=True):
-        assert len(ax.containers) == len(lines)
-        for bars, scores in zip(ax.containers, lines.values(), strict=True):
-            line, _, (errors,) = bars.lines
-            assert line.get_xdata().tolist() == list(scores)
-            assert line.get_ydata().tolist() == pytest.approx([100 * each.accuracy for each in scores.values()])
-            ends = [[100 * end for end in each.confidence_interval] for each in scores.values()]
-            found = [segment[:, 1].tolist() for segment in errors.get_segments()]
-            assert np.allclose(found, ends)
-        assert [75, 75] in [list(line.get_ydata()) for line in ax.lines]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["published", "A", "B"]
-    assert_nothing_is_cut_off(figure)
 
 
 def test_heads_have_their_numbers_in_one_format():

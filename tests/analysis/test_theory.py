@@ -7,30 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mingpt.analysis.theory import attention_invariance, bias_subspace
-from mingpt.model import GPT
+from mingpt.analysis.theory import attention_invariance, bias_subspace, random_case
 from mingpt.prefix import Prefix
-
-
-def random_case(seed, n_layer, n_head, head_size, n_positions, n_tokens, kind, gain=1.0):
-    """A random GPT, a prefix for it, and rows."""
-    generator = torch.Generator().manual_seed(seed)
-    n_embd = n_head * head_size
-    config = GPT.get_default_config()
-    config.merge_from_dict({"model_type": None, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd})
-    config.merge_from_dict({"vocab_size": 11, "block_size": n_positions + n_tokens})
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(gain * torch.randn(parameter.shape, generator=generator) / n_embd**0.5)
-    shape = {
-        "activation": (1, n_layer, n_positions, n_embd),
-        "key_value": (1, n_layer, 2, n_positions, n_embd),
-        "prompt": (1, n_positions, n_embd),
-    }[kind]
-    x = torch.randint(11, (3, n_positions + n_tokens), generator=generator)
-    return model, Prefix(kind, torch.randn(shape, generator=generator)), x
-
 
 CASES = {
     "seed": st.integers(0, 2**32),
