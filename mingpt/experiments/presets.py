@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mingpt.storage.cache import read_json
-from mingpt.trainer import Trainer
+from mingpt.storage.checkpoint import json_checksum
+from mingpt.trainer import Trainer, recipe
 from mingpt.utils import CfgNode, nearest
 
 
@@ -54,3 +55,25 @@ def run_config(
     config.seed = config.seed if seed is None else seed
     config.merge_from_args([f"--{override}" for override in overrides])
     return config
+
+
+def run_folder(name: str, config: CfgNode, root: str | Path = "..") -> Path:
+    """Where a notebook's run is: the stored one of this name if its model has these settings, else one of its own.
+
+    Args:
+        name: of the run.
+        config: its settings; those of what is trained beside the model may differ.
+        root: that has "checkpoints" and "runs", by default the folder above.
+
+    Returns:
+        ``checkpoints/NAME``, ``runs/NAME``, or where that too is of another model ``runs/NAME-<hash>``.
+    """
+
+    def settings(own: CfgNode) -> list[object]:
+        return [own.seed, own.data.to_dict(), own.model.to_dict(), recipe(own.trainer)]
+
+    stored, new = (Path(root) / folder / name for folder in ("checkpoints", "runs"))
+    for path in (stored, new):
+        if (path / "config.json").exists() and settings(run_config(path)) == settings(config):
+            return path
+    return new.with_name(f"{name}-{json_checksum(settings(config))[:8]}") if new.exists() else new

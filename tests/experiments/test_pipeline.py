@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_reproduction import tiny_config
 
-from mingpt.experiments import pipeline
+from mingpt.experiments import pipeline, run_folder
 from mingpt.prefix import initial_prefix
 from mingpt.storage.checkpoint import CheckpointError, read_description
 from mingpt.tasks import Add1, SortAscending, SortDescending, Task
@@ -236,3 +236,21 @@ def test_a_run_is_read_whole(run):
     assert description["data"]["tasks"] == ["SortAscending", "Add1"]
     assert json.loads((folder / "config.json").read_text())["preset"] == "smoke"
     assert read_description(folder / "prefixes" / "Add1.safetensors")["task"] == "Add1"
+
+
+def test_changed_settings_get_a_folder_of_their_own(tmp_path):
+    """Never the stored model's, which would be refused."""
+    config = tiny_config()
+    stored = tmp_path / "checkpoints" / "paper"
+    assert run_folder("paper", config, tmp_path) == tmp_path / "runs" / "paper"
+    pipeline.pretrain(config, stored)
+    assert run_folder("paper", config, tmp_path) == stored
+    assert run_folder("paper", config.changed({"prefix.max_iters": 7}), tmp_path) == stored
+    first, second = (config.changed({"model.n_embd": n_embd}) for n_embd in (24, 48))
+    assert run_folder("paper", first, tmp_path) == tmp_path / "runs" / "paper"
+    pipeline.pretrain(first, tmp_path / "runs" / "paper")
+    assert run_folder("paper", first, tmp_path) == tmp_path / "runs" / "paper"
+    other = run_folder("paper", second, tmp_path)
+    assert other.parent == tmp_path / "runs"
+    assert other.name.startswith("paper-")
+    pipeline.pretrain(second, other)  # not refused
