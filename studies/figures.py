@@ -55,11 +55,18 @@ def methods() -> None:
 def one_layer() -> None:
     results = chosen(read("one_layer/results"), "method", "size", "task")
     results["method and size"] = results["method"] + " " + results["size"].astype(str)
-    title = "A model of one layer that sorts in ascending order; best of five rates, 2,000 iterations of 16 rows"
+    title = "What a model of one layer, which sorts in ascending order, learns"
     for value, name in (("accuracy", "one_layer"), ("loss", "one_layer_loss")):
         figure = seed_dots(results, "method and size", "task", title, value, n_columns=3)
         figure.savefig(DOCS / f"{name}.png", dpi=150)
     print(spread(results, ["method", "size", "n_parameters"], "task"))
+
+
+def one_layer_iterations() -> None:
+    results = read("one_layer_iterations/results")
+    figure = seed_lines(results, "max_iters", "method", "task", label="iterations")
+    figure.savefig(DOCS / "one_layer_iterations.png", dpi=150)
+    print(spread(results, ["method", "size", "n_parameters"], "max_iters"))
 
 
 def double_histogram() -> None:
@@ -108,7 +115,10 @@ def inits() -> None:
 
 def main() -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
-    known = {each.__name__: each for each in (methods, one_layer, double_histogram, length, controls, keys, inits)}
+    known = {
+        each.__name__: each
+        for each in (methods, one_layer, one_layer_iterations, double_histogram, length, controls, keys, inits)
+    }
     for name in sys.argv[1:] or known:
         print(f"\n## {name}\n")
         known[name]()

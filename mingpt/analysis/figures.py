@@ -420,7 +420,7 @@ def _new_figure(
 
     figure = NotebookFigure(figsize=size, layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=max(11, 0.8 * size[0]))
+        figure.suptitle(title, fontsize=min(max(11, 0.8 * size[0]), 130 * size[0] / len(title)))
     grid = figure.subplots(*shape, squeeze=False, **options)
     for ax in grid.flat:
         _tidy(ax, lines)

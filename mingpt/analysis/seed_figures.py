@@ -91,4 +91,4 @@ def _axis(ax: Axes, value: str, axis: str) -> None:
 
 
 def _label(value: str) -> str:
-    return "accuracy in percent" if value == "accuracy" else value
+    return {"accuracy": "accuracy in percent", "loss": "loss in nats"}.get(value, value)

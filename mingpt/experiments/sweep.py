@@ -63,7 +63,7 @@ class Study:
     """A grid of cells.
 
     Attributes:
-        folder: where the results are.
+        folder: where the results are; text too.
         runs: folders with a model.safetensors.
         methods: see ``mingpt.adapters.METHODS``.
         tasks: their names.
@@ -97,6 +97,9 @@ class Study:
     keep: bool = False
     search: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     @classmethod
     def read(cls, path: str | Path) -> Study:
         """Read a study from a TOML file; its folder has the file's name. Or from a JSON file, which names the folder.
@@ -111,7 +114,6 @@ class Study:
             known = [each.name for each in fields(cls)]
             for key in found.keys() - known:
                 raise ValueError(f"unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known[1:])}")
-            found["folder"] = Path(found["folder"])
             study = cls(**found)
             study.keys  # noqa: B018  (finds the mistakes in the grid)
         except ValueError as error:
