@@ -251,9 +251,15 @@ def sweep(file: str, processes: int | None, slurm: str | None, shard: str | None
     What is there is not computed again. The folder with the study's name gets results.csv.
     """
     if file == "status":
-        studies = [Study.read(path) for path in sorted(Path("studies").glob("*.toml"))]
-        states = {str(study.folder): study.progress() for study in studies}
-        text = [f"{name:30} {own['done']:6} of {own['cells']} cells" for name, own in states.items()]
+        states: dict[str, dict[str, Any]] = {}
+        for path in sorted(Path("studies").glob("*.toml")):
+            try:
+                states[str(path)] = Study.read(path).progress()
+            except FileNotFoundError as error:
+                states[str(path)] = {"needs": error.filename}
+        text = [
+            f"{name:36} " + " ".join(f"{key} {value}" for key, value in own.items()) for name, own in states.items()
+        ]
         _echo_result(states, "\n".join(text) or "no studies/*.toml here", as_json)
         return
     study = Study.read(file)

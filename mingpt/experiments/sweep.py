@@ -2,7 +2,7 @@
 
 A study is a TOML file, or a ``Study`` in Python. What its cells come to is in the folder of the same name:
 
-    cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function
+    cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function; also in results.csv
     packs/                       what is being trained, and the study as its processes read it
     results.csv, seconds.csv     the table, and what each cell took
     search.csv, rates.json       all tries of a search, and each method's rate
@@ -13,6 +13,7 @@ every pack is computed by one thread, so the table is the same to the byte howev
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -210,9 +211,25 @@ class Study:
     def _adapter_path(self, cell: Cell) -> Path:
         return self.paths[cell].with_name("adapter.safetensors")
 
+    @cached_property
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        """By the name of a cell's folder, what results.csv and seconds.csv say; the folder itself may be gone."""
+        rows: dict[str, dict[str, Any]] = {}
+        for name in ("results", "seconds"):
+            if (path := self.folder / f"{name}.csv").exists():
+                with path.open(newline="") as file:
+                    for row in csv.DictReader(file):
+                        own = {key: _parse(text) for key, text in row.items()} | {"cell": row["cell"]}
+                        rows[row["cell"]] = rows.get(row["cell"], {}) | own
+        return rows
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether a cell has a result, in its folder or in the table."""
+        return self.paths[cell].exists() or self.paths[cell].parent.name in self._tables
+
     def missing(self) -> list[Cell]:
         """The cells that have no result yet."""
-        return [cell for cell, path in self.paths.items() if not path.exists()]
+        return [cell for cell in self.cells if not self.is_done(cell)]
 
     def scored(self) -> Study | None:
         """The grid that is scored: after a search it has the rates that were chosen, before it there is none."""
@@ -231,20 +248,35 @@ class Study:
     def results(self) -> DataFrame:
         """A row for each cell that has a result: the cell, and what it came to.
 
-        Columns beside the cell's: n_parameters, n_correct, n_rows, accuracy, loss (mean cross-entropy of the same rows
-        in nats), n_iters (below max_iters where it ended at its plateau), curve (accuracy on ``validation_rows``
-        validation rows after every ``validate_every`` iterations), seconds (its share of the pack's).
+        Columns beside the cell's: cell (its folder's name, a hash of its cache key), n_parameters, n_correct, n_rows,
+        accuracy, loss (mean cross-entropy of the same rows in nats), n_iters (below max_iters where it ended at its
+        plateau), curve (accuracy on ``validation_rows`` validation rows after every ``validate_every`` iterations),
+        seconds (its share of the pack's).
         """
         import pandas as pd
 
-        done = [(cell, path) for cell, path in self.paths.items() if path.exists()]
-        return pd.DataFrame([cell._asdict() | read_json(path, "value")["value"] for cell, path in done])
+        rows = []
+        for cell, path in self.paths.items():
+            name = path.parent.name
+            if path.exists():
+                rows.append({"cell": name} | cell._asdict() | read_json(path, "value")["value"])
+            elif name in self._tables:
+                rows.append(self._tables[name])
+        return pd.DataFrame(rows)
 
     def write_tables(self) -> None:
         """Write results.csv and seconds.csv."""
-        table, cell = self.results(), list(Cell._fields)
-        for name, columns in (("results", table.columns.drop("seconds")), ("seconds", [*cell, "seconds"])):
+        table = self.results()
+        for name, columns in (("results", table.columns.drop("seconds")), ("seconds", ["cell", "seconds"])):
             write_atomic(self.folder / f"{name}.csv", table[columns].to_csv(index=False).encode())
+
+
+def _parse(text: str) -> Any:
+    """A number or a list, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @cache
@@ -259,7 +291,7 @@ def read_model(run: str) -> tuple[GPT, str]:
 
 def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     """Train what is missing of a pack in one batch, score it and write it. A pack that was cut off goes on."""
-    missing = [cell for cell in cells if not study.paths[cell].exists()]
+    missing = [cell for cell in cells if not study.is_done(cell)]
     if not missing:
         return
     if not study.state(cells).exists():  # else it was cut off while its results were written
@@ -363,7 +395,7 @@ def _progress(study: Study) -> Iterator[None]:
     n_done = len(study.cells) - len(missing)
     with tqdm(total=len(study.cells), initial=n_done, unit="cell", mininterval=interval) as bar:
         while missing:
-            left = [cell for cell in missing if not study.paths[cell].exists()]
+            left = [cell for cell in missing if not study.is_done(cell)]
             bar.update(len(missing) - len(left))
             missing = left
             yield

@@ -7,10 +7,12 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
 from pandas import DataFrame
+from pandas.testing import assert_frame_equal
 from test_reproduction import tiny_config
 
 from mingpt.evaluation import evaluate
@@ -120,6 +122,20 @@ def test_a_larger_study_computes_only_what_is_new(run, tmp_path, monkeypatch):
     run_shard(larger)
     assert steps == [4 * 4] * 3  # two tasks and two rates with the third seed
     assert not larger.missing()
+
+
+def test_a_table_is_enough(run, tmp_path, monkeypatch):
+    """What is read from it is what the cells' folders said, to the byte, and is not computed again."""
+    whole, table = new_study(tmp_path / "whole", run), new_study(tmp_path / "table", run)
+    run_study(whole, n_processes=1)
+    table.folder.mkdir()
+    for name in ("results.csv", "seconds.csv"):
+        shutil.copy(whole.folder / name, table.folder / name)
+    assert table.progress() == {"done": 16, "cells": 16}
+    monkeypatch.setattr(AdapterTrainer, "run", lambda _: pytest.fail("trained again"))
+    assert_frame_equal(run_study(table), whole.results())
+    assert (table.folder / "results.csv").read_bytes() == (whole.folder / "results.csv").read_bytes()
+    assert new_study(tmp_path / "table", run, seeds=[0, 7]).progress() == {"done": 8, "cells": 16}
 
 
 def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeypatch):
