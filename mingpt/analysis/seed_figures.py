@@ -66,7 +66,8 @@ def seed_lines(
 
     tasks, names, steps = (list(dict.fromkeys(frame[each])) for each in (panels, lines, x))
     steps = sorted(steps)
-    size = (1.9 * len(tasks) + 1.3, 2.7)
+    width = max(1.9, 0.11 * sum(len(f" {step:g}") for step in steps))
+    size = (width * len(tasks) + 1.3, 2.7)
     figure, (grid,) = _new_figure(size, title, (1, len(tasks)), lines="both", sharey=True)
     for ax, task in zip(grid, tasks, strict=True):
         for name, color in zip(names, sns.color_palette("colorblind", len(names)), strict=True):
