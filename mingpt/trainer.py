@@ -494,8 +494,9 @@ class AdapterTrainer(Trainer):
         super()._step(x, y)
         # Without weight decay, AdamW's step is proportional to the rate: each adapter takes its share of the step.
         if common := self.config.learning_rate * learning_rate_factor(self.iter_num, self.config):
-            own = zip(self.learning_rates, self.n_iters.tolist(), strict=True)
-            rates = [rate * learning_rate_factor(self.iter_num, self.config, n) for rate, n in own]
+            ends = self.n_iters.tolist()
+            factors = [learning_rate_factor(self.iter_num, self.config, n) * (n > self.iter_num) for n in ends]
+            rates = [rate * factor for rate, factor in zip(self.learning_rates, factors, strict=True)]
             shares = (torch.tensor(rates, device=self.device) / common).clamp(min=0)
             with torch.no_grad():
                 for tensor, old in zip(tensors, before, strict=True):

@@ -1184,6 +1184,20 @@ def test_a_prefix_that_ends_early_ends_as_if_the_run_had_been_that_long():
     assert not torch.allclose(short, torch.full_like(short, 0.1), atol=1e-2)
 
 
+def test_a_prefix_that_has_ended_rests_at_a_constant_rate_too(monkeypatch):
+    """What is left of AdamW's momentum does not move it on."""
+    scores = iter([1.0, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr("mingpt.trainer.evaluate", lambda *_, **__: SimpleNamespace(accuracy=next(scores)))
+    prefixes, values = torch.randn(2, 2, PADDING, 16, requires_grad=True), []
+    config = plateau_config(max_iters=12, validate_every=4, lr_schedule="constant")
+    trainer = PrefixTrainer(config, new_model(), [new_dataset(), new_dataset()], prefixes)
+    trainer.add_callback("on_batch_end", lambda _: values.append(prefixes.detach().clone()))
+    trainer.run()
+    assert trainer.n_iters.tolist() == [4, 12]
+    assert torch.equal(values[3][0], values[-1][0])
+    assert not torch.equal(values[3][1], values[-1][1])
+
+
 def test_validation_accuracies_are_in_the_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     prefixes = torch.randn(3, 2, PADDING, 16, requires_grad=True)
