@@ -86,10 +86,10 @@ def length() -> None:
 
 def controls() -> None:
     results = read("controls/results")
-    names = {"runs/untrained": "untrained", "runs/without_sorts": "without sorts", "checkpoints/laptop": "seven tasks"}
+    names = {"runs/untrained": "untrained", "runs/without_sorts": "five tasks, no sort"}
     results["pretraining"] = results["run"].map(names)
     title = "The same prefixes for other models"
-    seed_dots(results, "pretraining", "task", title, n_columns=3).savefig(DOCS / "controls.png", dpi=150)
+    seed_dots(results, "pretraining", "task", title, n_columns=4).savefig(DOCS / "controls.png", dpi=150)
     print(spread(results, "pretraining", "task"))
     print(markdown((100 * read("edits/constants").set_index("task")).round(2).reset_index()))
 

@@ -42,6 +42,7 @@ def seed_dots(
         ax.scatter(means, means.index, marker="|", s=70, color="black", linewidths=1.4)
         ax.set_title(task, fontsize=8.5)
         ax.set_yticks(list(places.values()), names, fontsize=8)
+        ax.set_ylim(0.6 - len(names), 0.6)
         _axis(ax, value, "x")
     for place, ax in enumerate(grid.flat):
         ax.set_visible(place < len(tasks))
