@@ -78,7 +78,7 @@ def length() -> None:
     cut = read("edits/biases").rename(columns={"number": "size"})
     names = {"positions": "shortened from ten", "directions": "ten, biases in so many directions"}
     both = pd.concat([results, cut[cut["size"] > 0].assign(kept=cut["kept"].map(names))])
-    title = "How long must a prefix be? Key_value prefixes, at most 2,500 iterations of 16 rows"
+    title = "How long must a prefix be? Key_value, at most 1,500 iterations of 16 rows"
     seed_lines(both, "size", "kept", "task", title, label="positions").savefig(DOCS / "length.png", dpi=150)
     print(spread(results, "size", "task"))
     print(spread(cut, ["kept", "size"], "task"))
