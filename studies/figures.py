@@ -47,7 +47,9 @@ def methods() -> None:
     print(markdown(costs.map("{:.4g}".format).reset_index()))
     hard = results[results["task"].isin(["FilterAtLeastNTimes", "SortAscending+Add1", "LessThan+SortAscending"])]
     curves = pd.DataFrame(hard["curve"].map(json.loads).tolist(), index=hard["method"])  # on validation rows
-    print(markdown((100 * curves.ffill(axis=1)[[1, 3, 6, 9]].groupby("method", sort=False).mean()).round(1).reset_index()))
+    print(
+        markdown((100 * curves.ffill(axis=1)[[1, 3, 6, 9]].groupby("method", sort=False).mean()).round(1).reset_index())
+    )
 
 
 def one_layer() -> None:

@@ -80,6 +80,7 @@ class Study:
         keep: whether each cell's folder gets what was trained, for ``adapter``.
         search: changes of the study with which each method's rate is chosen from ``learning_rates`` on validation rows
             first, such as fewer tasks and seeds; see ``search_rates``. Without, there is no search.
+        choose_by: what says which rate is best, "accuracy" or, where hardly a row is solved, "loss".
     """
 
     folder: Path
@@ -97,6 +98,7 @@ class Study:
     pack: int = 24
     keep: bool = False
     search: Mapping[str, Any] | None = None
+    choose_by: str = "accuracy"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -128,6 +130,8 @@ class Study:
         Raises:
             ValueError: for an unknown method or task, an empty axis, or a method that cannot be so small.
         """
+        if self.choose_by not in ("accuracy", "loss"):
+            raise ValueError(f'choose_by is "accuracy" or "loss", got {self.choose_by!r}')
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
@@ -417,20 +421,21 @@ def _submit(study: Study, commands: list[list[str]], parameters: dict[str, Any])
 def search_rates(
     study: Study, n_processes: int | None = None, slurm: Mapping[str, Any] | None = None, step: float = 10**0.5
 ) -> dict[str, float]:
-    """Choose each method's learning rate: the best mean accuracy over the tasks and seeds of a study, and of its rows.
+    """Choose each method's learning rate by the mean over the tasks and seeds of a study, and of its rows.
 
     Every method is tried at the same rates. While one is best at an end of them, its grid grows there by ``step``.
     search.csv has all tries.
 
     Returns:
-        The rate by method; where accuracies are equal, that of the smaller loss.
+        The rate by method; where ``choose_by`` is equal, the other of accuracy and loss decides.
     """
     rates = {name: sorted(cast(Sequence[float], study.learning_rates)) for name in study.methods}
     while True:
         tried = replace(study, learning_rates=rates)
         results = run_study(tried, n_processes, slurm)
         scores = results.groupby(["method", "learning_rate"])[["accuracy", "loss"]].mean()
-        ordered = cast(Any, scores).sort_values(["accuracy", "loss"], ascending=[False, True]).reset_index()
+        first = sorted(["accuracy", "loss"], key=study.choose_by.__ne__)
+        ordered = cast(Any, scores).sort_values(first, ascending=[name == "loss" for name in first]).reset_index()
         best = ordered.groupby("method", sort=False)["learning_rate"].first().to_dict()
         grown = {name: _grow(rates[name], best[name], step) for name in rates}
         if grown == rates:

@@ -157,6 +157,21 @@ def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeyp
     assert (study.folder / "search.csv").read_text().count("\n") == 1 + 2 * (5 + 3)
 
 
+def test_a_search_goes_by_accuracy_or_by_loss(run, tmp_path, monkeypatch):
+    def run_study(study, *_):
+        found = {0.01: (0.2, 2.0), 0.1: (0.1, 1.0), 0.2: (0.1, 3.0)}
+        cells = [cell._asdict() | {"seconds": 1.0} for cell in study.cells]
+        scores = [found.get(cell["learning_rate"], (0.0, 9.0)) for cell in cells]
+        return DataFrame(cells).assign(accuracy=[a for a, _ in scores], loss=[loss for _, loss in scores])
+
+    monkeypatch.setattr(sweep, "run_study", run_study)
+    study = new_study(tmp_path / "study", run, seeds=[0], methods=["key_value"], learning_rates=[0.01, 0.1, 0.2])
+    assert sweep.search_rates(study) == {"key_value": 0.01}
+    assert sweep.search_rates(replace(study, choose_by="loss")) == {"key_value": 0.1}
+    with pytest.raises(ValueError, match="choose_by is"):
+        replace(study, choose_by="los").keys  # noqa: B018
+
+
 def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_path):
     study = new_study(tmp_path / "study", run, methods=["key_value"], split="test", search={"seeds": [0]})
     assert study.progress() == {"done": 0, "cells": 4}
