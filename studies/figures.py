@@ -107,7 +107,7 @@ def keys() -> None:
 
 def inits() -> None:
     results = read("edits/inits")
-    seed_dots(results, "init", "task", "400 iterations from each", n_columns=4).savefig(DOCS / "inits.png", dpi=150)
+    seed_dots(results, "init", "task", "400 iterations from each").savefig(DOCS / "inits.png", dpi=150)
     print(spread(results, "init", "task"))
     answers = 100 * read("edits/answers").pivot_table("accuracy", "task", "prefix", sort=False)
     print(markdown(answers.round(1).reset_index()))
