@@ -1,7 +1,7 @@
 """Prefixes that train in one batch against the same ones one after the other: 16 tasks x 5 seeds x 4 rates.
 
-All are key_value prefixes of 10 positions for the stored model, in float32 by default. What each comes to is compared by
-its loss on validation rows.
+All are key_value prefixes of 10 positions for the stored model, in float32 by default. What each comes to is
+compared by its loss on validation rows.
 """
 
 from __future__ import annotations
