@@ -33,15 +33,15 @@ def seed_dots(
     shape = (math.ceil(len(tasks) / n_columns), n_columns)
     size = (1.55 * n_columns + 1.4, shape[0] * (0.17 * len(names) + 0.7) + 0.5)
     figure, grid = _new_figure(size, title, shape, lines="both", sharey=True, sharex=True)
-    places = {name: -place for place, name in enumerate(names)}
+    heights = {name: -place for place, name in enumerate(names)}
     for ax, task in zip(grid.flat, tasks, strict=False):
         own: Any = frame[frame[panels] == task]
-        y, x = own[rows].map(places), own[value] * (100 if value == "accuracy" else 1)
+        y, x = own[rows].map(heights), own[value] * (100 if value == "accuracy" else 1)
         ax.scatter(x, y, s=14, color=COLOR, alpha=0.55, linewidths=0)
         means = x.groupby(y).mean()
         ax.scatter(means, means.index, marker="|", s=70, color="black", linewidths=1.4)
         ax.set_title(task, fontsize=8.5)
-        ax.set_yticks(list(places.values()), names, fontsize=8)
+        ax.set_yticks(list(heights.values()), names, fontsize=8)
         ax.set_ylim(0.6 - len(names), 0.6)
         _axis(ax, value, "x")
     for place, ax in enumerate(grid.flat):
@@ -73,9 +73,9 @@ def seed_lines(
     for ax, task in zip(grid, tasks, strict=True):
         for name, color in zip(names, sns.color_palette("colorblind", len(names)), strict=True):
             own: Any = frame[(frame[panels] == task) & (frame[lines] == name)]
-            places, scores = own[x].map(steps.index), own[value] * (100 if value == "accuracy" else 1)
-            ax.scatter(places, scores, s=12, color=color, alpha=0.5, linewidths=0)
-            means = scores.groupby(places).mean()
+            ticks, scores = own[x].map(steps.index), own[value] * (100 if value == "accuracy" else 1)
+            ax.scatter(ticks, scores, s=12, color=color, alpha=0.5, linewidths=0)
+            means = scores.groupby(ticks).mean()
             ax.plot(means.index, means, color=color, linewidth=1.4, label=name)
         ax.set_xticks(range(len(steps)), [f"{step:g}" for step in steps], fontsize=8)
         ax.set_xlabel(label or x)
