@@ -140,7 +140,7 @@ def bias_subspace(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> BiasSubspac
         found["out_of_span"].append((biases - inside).norm(dim=(1, 2)) / biases.norm(dim=(1, 2)).clamp(min=1e-300))
         energy = torch.linalg.svdvals(biases).square()
         found["effective_rank"].append((energy.cumsum(dim=1) < 0.99 * energy.sum(dim=1, keepdim=True)).sum(dim=1) + 1)
-        spread = to_prefix / share.clamp(min=_LEAST)
+        spread = (to_prefix / share.clamp(min=_LEAST)).where(share > _LEAST, 0)
         entropy = -torch.xlogy(spread, spread).sum(dim=-1)
         found["attention_perplexity"].append(entropy.mean(dim=(0, 2)).exp())
     return BiasSubspace(**{name: torch.stack(values) for name, values in found.items()})
