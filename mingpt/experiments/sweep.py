@@ -5,7 +5,7 @@ A study is a TOML file, or a ``Study`` in Python. What its cells come to is in t
     cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function; also in results.csv
     packs/                       what is being trained, and the study as its processes read it
     results.csv, seconds.csv     the table, and what each cell took
-    search.csv, rates.json       all tries of a search, and each method's rate
+    search.csv, rates.json       all tries of a search, whose cells are in search/, and each method's rate
 
 Cells of one model, method and size train in one batch, a pack. Which cells go together is a function of the study, and
 every pack is computed by one thread, so the table is the same to the byte however the packs are shared out.
@@ -431,7 +431,7 @@ def search_rates(
     """
     rates = {name: sorted(cast(Sequence[float], study.learning_rates)) for name in study.methods}
     while True:
-        tried = replace(study, learning_rates=rates)
+        tried = replace(study, folder=study.folder / "search", learning_rates=rates)  # its tables are no results
         results = run_study(tried, n_processes, slurm)
         scores = results.groupby(["method", "learning_rate"])[["accuracy", "loss"]].mean()
         first = sorted(["accuracy", "loss"], key=study.choose_by.__ne__)

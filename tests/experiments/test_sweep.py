@@ -178,7 +178,7 @@ def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_
     results = run_study(study, n_processes=1)
     assert study.progress() == {"done": 4, "cells": 4}
     assert {cell.learning_rate for cell in study.scored().cells} == set(results["learning_rate"])
-    splits = [json.loads(path.read_text())["cache_key"] for path in study.folder.glob("cells/*/result.json")]
+    splits = [json.loads(path.read_text())["cache_key"] for path in study.folder.rglob("result.json")]
     tried = [key for key in splits if key["evaluation"]["split"] == "validation"]
     assert {key["seed"] for key in tried} == {0}
     chosen = set(results["learning_rate"])
@@ -189,6 +189,9 @@ def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_
         (task, seed) for task in ("Add1", "SortAscending") for seed in (0, 1)
     ]
     assert len(results) == 4
+    shutil.rmtree(study.folder / "cells")  # as in a clone, where the table is all there is
+    assert_frame_equal(run_study(study, n_processes=1), results)
+    assert not (study.folder / "cells").exists()
 
 
 def test_what_was_trained_is_kept_and_curves_say_how_it_got_there(run, tmp_path):
