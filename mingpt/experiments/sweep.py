@@ -5,7 +5,7 @@ A study is a TOML file, or a ``Study`` in Python. What its cells come to is in t
     cells/<hash>/result.json     a cell's scores with its cache key, of which they are a function; also in results.csv
     packs/                       what is being trained, and the study as its processes read it
     results.csv, seconds.csv     the table, and what each cell took
-    search.csv, rates.json       all tries of a search, whose cells are in search/, and each method's rate
+    rates.json                   each method's rate, where it was searched; its tries are a study in search/
 
 Cells of one model, method and size train in one batch, a pack. Which cells go together is a function of the study, and
 every pack is computed by one thread, so the table is the same to the byte however the packs are shared out.
@@ -361,6 +361,13 @@ def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, 
         rates = search_rates(replace(study, search=None, split="validation", **study.search), n_processes, slurm)
         write_atomic(study.folder / "rates.json", json.dumps(rates, indent=1).encode())
         study = cast(Study, study.scored())
+    compute(study, n_processes, slurm)
+    study.write_tables()
+    return study.results()
+
+
+def compute(study: Study, n_processes: int | None = None, slurm: Mapping[str, Any] | None = None) -> None:
+    """Compute what is missing of a study without a search, and leave its tables as they are; see ``run_study``."""
     n_processes = min(n_processes or os.cpu_count() or 1, len(study.packs))
     text = json.dumps(asdict(study) | {"folder": str(study.folder)})
     file = study.folder / "packs" / f"study-{json_checksum(text)[:8]}.json"
@@ -386,8 +393,6 @@ def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, 
         failed = [number for number, process in enumerate(processes) if process.wait()]
         if failed:
             raise RuntimeError(f"processes {failed} of the sweep failed; the same command goes on with what is missing")
-    study.write_tables()
-    return study.results()
 
 
 def _progress(study: Study) -> Iterator[None]:
@@ -424,22 +429,23 @@ def search_rates(
     """Choose each method's learning rate by the mean over the tasks and seeds of a study, and of its rows.
 
     Every method is tried at the same rates. While one is best at an end of them, its grid grows there by ``step``.
-    search.csv has all tries.
+    All tries are the results of a study in the folder ``search``.
 
     Returns:
         The rate by method; where ``choose_by`` is equal, the other of accuracy and loss decides.
     """
     rates = {name: sorted(cast(Sequence[float], study.learning_rates)) for name in study.methods}
     while True:
-        tried = replace(study, folder=study.folder / "search", learning_rates=rates)  # its tables are no results
-        results = run_study(tried, n_processes, slurm)
+        tried = replace(study, folder=study.folder / "search", learning_rates=rates)
+        compute(tried, n_processes, slurm)
+        results = tried.results()
         scores = results.groupby(["method", "learning_rate"])[["accuracy", "loss"]].mean()
         first = sorted(["accuracy", "loss"], key=study.choose_by.__ne__)
         ordered = cast(Any, scores).sort_values(first, ascending=[name == "loss" for name in first]).reset_index()
         best = ordered.groupby("method", sort=False)["learning_rate"].first().to_dict()
         grown = {name: _grow(rates[name], best[name], step) for name in rates}
         if grown == rates:
-            write_atomic(study.folder / "search.csv", results.drop(columns="seconds").to_csv(index=False).encode())
+            tried.write_tables()  # not before: a table may be all there is of tries at the rates of a larger grid
             return {name: best[name] for name in study.methods}
         rates = grown
 

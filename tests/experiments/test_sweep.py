@@ -142,29 +142,32 @@ def test_a_search_grows_the_grid_until_the_best_is_inside(run, tmp_path, monkeyp
     """By a result that is best at a rate of 1 for one method, and of 0.1 for the other."""
     seen = []
 
-    def run_study(study, *_):
+    def results(study):
         seen.append({name: list(rates) for name, rates in study.learning_rates.items()})
         best = {"key_value": 1.0, "lora-mlp": 0.1}
         cells = [cell._asdict() | {"accuracy": 0.5, "seconds": 1.0} for cell in study.cells]
         return DataFrame(cells).assign(loss=[abs(math.log(c["learning_rate"] / best[c["method"]])) for c in cells])
 
-    monkeypatch.setattr(sweep, "run_study", run_study)
+    monkeypatch.setattr(sweep, "compute", lambda *_: None)
+    monkeypatch.setattr(Study, "results", results)
+    monkeypatch.setattr(Study, "write_tables", lambda _: None)
     study = new_study(tmp_path / "study", run, seeds=[0])
     rates = sweep.search_rates(replace(study, learning_rates=[0.01, 0.1, 0.2]), step=5.0)
     assert rates == {"key_value": 1.0, "lora-mlp": 0.1}
     assert seen[0] == {"key_value": [0.01, 0.1, 0.2], "lora-mlp": [0.01, 0.1, 0.2]}
     assert seen[-1] == {"key_value": [0.01, 0.1, 0.2, 1.0, 5.0], "lora-mlp": [0.01, 0.1, 0.2]}
-    assert (study.folder / "search.csv").read_text().count("\n") == 1 + 2 * (5 + 3)
 
 
 def test_a_search_goes_by_accuracy_or_by_loss(run, tmp_path, monkeypatch):
-    def run_study(study, *_):
+    def results(study):
         found = {0.01: (0.2, 2.0), 0.1: (0.1, 1.0), 0.2: (0.1, 3.0)}
         cells = [cell._asdict() | {"seconds": 1.0} for cell in study.cells]
         scores = [found.get(cell["learning_rate"], (0.0, 9.0)) for cell in cells]
         return DataFrame(cells).assign(accuracy=[a for a, _ in scores], loss=[loss for _, loss in scores])
 
-    monkeypatch.setattr(sweep, "run_study", run_study)
+    monkeypatch.setattr(sweep, "compute", lambda *_: None)
+    monkeypatch.setattr(Study, "results", results)
+    monkeypatch.setattr(Study, "write_tables", lambda _: None)
     study = new_study(tmp_path / "study", run, seeds=[0], methods=["key_value"], learning_rates=[0.01, 0.1, 0.2])
     assert sweep.search_rates(study) == {"key_value": 0.01}
     assert sweep.search_rates(replace(study, choose_by="loss")) == {"key_value": 0.1}
@@ -189,9 +192,10 @@ def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_
         (task, seed) for task in ("Add1", "SortAscending") for seed in (0, 1)
     ]
     assert len(results) == 4
-    shutil.rmtree(study.folder / "cells")  # as in a clone, where the table is all there is
+    shutil.rmtree(study.folder / "cells")  # as in a clone, where the tables are all there is
+    shutil.rmtree(study.folder / "search" / "cells")
     assert_frame_equal(run_study(study, n_processes=1), results)
-    assert not (study.folder / "cells").exists()
+    assert not list(study.folder.rglob("cells"))
 
 
 def test_what_was_trained_is_kept_and_curves_say_how_it_got_there(run, tmp_path):
