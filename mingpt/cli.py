@@ -6,6 +6,7 @@ command; the main one prints.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -13,11 +14,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -31,13 +32,15 @@ from mingpt.evaluation import Score, evaluate
 from mingpt.experiments import multistep, pipeline, reproduction
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
-from mingpt.experiments.sweep import Study, run_shard, run_study
+from mingpt.experiments.sweep import Study, run_packs, run_study
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
-from mingpt.storage.checkpoint import load_checkpoint, write_atomic
+from mingpt.storage.checkpoint import load_checkpoint
+from mingpt.storage.files import locked, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task
+from mingpt.trainer import DivergedError
 from mingpt.utils import CfgNode
 
 _CONSTRAINTS = {
@@ -48,13 +51,24 @@ _CONSTRAINTS = {
 
 
 def main() -> None:
-    """Run the command line: a mistake gives one line and exit code 2, an interruption 130."""
+    """Run the command line.
+
+    A mistake gives one line and exit code 2, a training that diverges 1, a signal to stop 128 and its number.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
     except (click.Abort, KeyboardInterrupt):
-        _echo("interrupted; what was saved is kept, and the same command goes on from it", err=True)
-        sys.exit(130)
+        _stop(signal.SIGINT)
+    except DivergedError as error:
+        _echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (click.ClickException, ImportError, ValueError, OSError, distributed.OtherProcessError) as error:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if isinstance(error, ImportError) and error.name in ("transformers", "peft"):
@@ -63,6 +77,13 @@ def main() -> None:
             text += f" (see {error.ctx.command_path} --help)"
         _echo(f"error: {' '.join(text.splitlines())}", err=True)  # on the main process, also for another one's error
         sys.exit(2)
+
+
+def _stop(number: int, frame: object = None) -> NoReturn:
+    """Say that a signal has ended the command, and how to go on."""
+    word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}.get(signal.Signals(number), "hung up")
+    _echo(f"{word}; what was saved is kept, and the same command goes on from it", err=True)
+    sys.exit(128 + number)
 
 
 # ------------------------------------------------------------------------------------------------ shared options
@@ -96,6 +117,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _RUN_HELP = "The run's folder. [of a new run runs/PRESET, else the newest of runs/ or checkpoints/laptop]"
 _SET_HELP = "Change a setting, such as trainer.max_iters=2000; may be repeated. 'mingpt config' lists them."
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+_wait_option = click.option("--wait", is_flag=True, help="Wait for another process that writes there.")
 _load_options = _all_of(
     click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. [auto]"),
@@ -117,6 +139,7 @@ _file_options = _all_of(
     click.argument("output", metavar="OUT.jsonl", type=_FILE),
     _load_options,
     click.option("--batch-size", default=400, type=click.IntRange(min=1), help="Rows per process."),
+    _wait_option,
 )
 
 
@@ -129,6 +152,15 @@ def _configure(
         overrides = [*overrides, f"trainer.device={device}", f"prefix.device={device}"]
     folder = _folder(run, preset or ("laptop" if is_new else None))
     return run_config(folder, preset, seed, overrides), folder
+
+
+@contextlib.contextmanager
+def _training(wait: bool, **options: Any) -> Iterator[tuple[CfgNode, Path]]:
+    """``_configure``, with the lock of the run's folder held meanwhile."""
+    _, run = _configure(**options)  # a mistake in the options shows before anything is written
+    with locked(run / ".lock", wait):
+        options["run"] = run
+        yield _configure(**options)  # again: who held the lock may have written it
 
 
 def _load(run: Path | None, device: str | None) -> tuple[GPT, dict[str, Prefix], dict[str, Any], Path]:
@@ -196,6 +228,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("tasks", nargs=-1, callback=_parse_tasks, metavar="[TASK]...")
 @_train_options
+@_wait_option
 @_json_option
 def reproduce(tasks: list[Task], as_json: bool, **options: Any) -> None:
     """Pretrain a model, train a prefix for each TASK, and evaluate them all.
@@ -203,8 +236,8 @@ def reproduce(tasks: list[Task], as_json: bool, **options: Any) -> None:
     Without a TASK it is the sixteen tasks. Prints the table beside the published figures; the folder gets the
     checkpoints, results.json and figures. The same command again goes on from what was saved, or says that it is done.
     """
-    config, run = _configure(**options, is_new=True)
-    results = reproduction.reproduce(config, run, tasks or None)
+    with _training(**options, is_new=True) as (config, run):
+        results = reproduction.reproduce(config, run, tasks or None)
     _echo_result(results, reproduction.format_table(results), as_json)
     _echo(f"figures and checkpoints are in {run}", err=True)
 
@@ -212,16 +245,18 @@ def reproduce(tasks: list[Task], as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("tasks", nargs=-1, callback=_parse_tasks, metavar="[TASK]...")
 @_train_options
+@_wait_option
 def pretrain(tasks: list[Task], **options: Any) -> None:
     """Only pretrain the model, the first stage of 'reproduce', on each TASK. [seven tasks]"""
-    config, run = _configure(**options, is_new=True)
-    pipeline.pretrain(config, run, tasks or PRETRAINING_TASKS, pipeline.EVERY_TASK)
+    with _training(**options, is_new=True) as (config, run):
+        pipeline.pretrain(config, run, tasks or PRETRAINING_TASKS, pipeline.EVERY_TASK)
     _echo(f"the model is {run / 'model.safetensors'}")
 
 
 @cli.command()
 @click.argument("tasks", nargs=-1, required=True, callback=_parse_tasks, metavar="TASK...")
 @_train_options
+@_wait_option
 @click.option("--kind", type=click.Choice(["activation", "key_value", "prompt"]), default="key_value")
 @_json_option
 def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
@@ -229,9 +264,9 @@ def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
 
     A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
     """
-    config, run = _configure(**options, is_new=False)
-    model, _ = pipeline.pretrain(config, run)
-    prefixes, seconds = pipeline.train_prefixes(config, model, tasks, run, kind=kind)
+    with _training(**options, is_new=False) as (config, run):
+        model, _ = pipeline.pretrain(config, run)
+        prefixes, seconds = pipeline.train_prefixes(config, model, tasks, run, kind=kind)
     scores, n_rows, precision = {}, config.evaluation.n_rows, config.evaluation.precision
     for name, data in ((str(task), pipeline.dataset(config, "test", [task])) for task in tasks):
         scores[name] = evaluate(model, data, prefixes[name], n_rows, precision=precision)
@@ -243,9 +278,9 @@ def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
 @click.argument("file", metavar="STUDY.toml|status")
 @click.option("--processes", type=click.IntRange(min=1), help="On this machine, or of Slurm. [one for each core]")
 @click.option("--slurm", metavar="KEY=VALUE,...", help="Submit to Slurm, such as timeout_min=240,slurm_partition=long.")
-@click.option("--shard", metavar="I/N", help="Compute only every N-th pack of cells, from number I on.")
+@click.option("--worker", is_flag=True, help="Compute what no other process computes, and write no table.")
 @_json_option
-def sweep(file: str, processes: int | None, slurm: str | None, shard: str | None, as_json: bool) -> None:
+def sweep(file: str, processes: int | None, slurm: str | None, worker: bool, as_json: bool) -> None:
     """Compute a study, a grid of methods, tasks, seeds and settings; or with 'status', say how far each is.
 
     What is there is not computed again. The folder with the study's name gets results.csv.
@@ -263,8 +298,8 @@ def sweep(file: str, processes: int | None, slurm: str | None, shard: str | None
         _echo_result(states, "\n".join(text) or "no studies/*.toml here", as_json)
         return
     study = Study.read(file)
-    if shard:
-        run_shard(study, *map(int, shard.split("/")))
+    if worker:
+        run_packs(study)
         return
     pairs = [item.partition("=") for item in (slurm or "").split(",") if item]
     parameters = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
@@ -321,7 +356,7 @@ def generate(
 @_file_options
 @click.option("--task", required=True, metavar="TASK", help="Whose prefix to use.")
 @_sampling_options
-def predict(rows: Path, output: Path, task: str, batch_size: int, seed: int, **options: Any) -> None:
+def predict(rows: Path, output: Path, task: str, batch_size: int, wait: bool, seed: int, **options: Any) -> None:
     """Answer the rows of a file with the prefix of TASK.
 
     A line of IN.jsonl is an input row, such as [6, 2, 7, 6, 7, 5, 3, 6, 6, 10], the same line of OUT.jsonl its answer.
@@ -331,7 +366,7 @@ def predict(rows: Path, output: Path, task: str, batch_size: int, seed: int, **o
     model, prefixes, data, run = _load(**options)
     name, prefix = _find_prefix(prefixes, task, run)
     step = multistep.row_step(name, prefix, data["length"], data["prefix_padding"], options=sampling)
-    _answer(multistep.Plan(model, [step]), _task_of(name), rows, output, batch_size, seed)
+    _answer(multistep.Plan(model, [step]), _task_of(name), rows, output, batch_size, wait, seed)
 
 
 @cli.command()
@@ -359,20 +394,25 @@ def chain(name: str, constrained: bool, as_json: bool, run: Path | None, device:
 @click.argument("out", metavar="OUT", type=_FOLDER)
 @click.option("--task", "tasks", multiple=True, metavar="TASK", help="Whose prefix to export; may be repeated. [all]")
 @_load_options
-def export(out: Path, tasks: tuple[str, ...], **options: Any) -> None:
+@_wait_option
+def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> None:
     """Write the model for transformers into OUT/model, and each prefix for PEFT into OUT/TASK."""
     importlib.import_module("peft")  # it may be missing, and transformers with it: better now than half way
-    if distributed.run_on_main(out.exists):
-        raise ValueError(f"{out} exists; remove it or choose another folder")
-    model, prefixes, _, run = _load(**options)
-    chosen = dict(_find_prefix(prefixes, name, run) for name in tasks or prefixes)
-    if _is_main():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            huggingface.to_huggingface(model).save_pretrained(Path(temporary) / "all" / "model")
-            for name, prefix in chosen.items():
-                huggingface.export_peft(model, prefix, Path(temporary) / "all" / name)
-            (Path(temporary) / "all").rename(out)
+    folder = out.with_name(f".{out.name}.partial")
+    with locked(folder / ".lock", wait):
+        if distributed.run_on_main(out.exists):
+            raise ValueError(f"{out} exists; remove it or choose another folder")
+        model, prefixes, _, run = _load(**options)
+        chosen = dict(_find_prefix(prefixes, name, run) for name in tasks or prefixes)
+        if _is_main():
+            shutil.rmtree(folder / "all", ignore_errors=True)  # of an export that was cut off
+            try:
+                huggingface.to_huggingface(model).save_pretrained(folder / "all" / "model")
+                for name, prefix in chosen.items():
+                    huggingface.export_peft(model, prefix, folder / "all" / name)
+                (folder / "all").rename(out)
+            finally:
+                shutil.rmtree(folder / "all", ignore_errors=True)
     _echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
     _echo(f"PeftModel.from_pretrained(model, {str(out / next(iter(chosen), 'TASK'))!r}) adds a prefix")
 
@@ -432,31 +472,44 @@ for _command in cli.commands.values():
 
 
 def _answer(
-    plan: multistep.Plan, task: Task, rows: Path, output: Path, batch_size: int, seed: int = 0, is_chain: bool = False
+    plan: multistep.Plan,
+    task: Task,
+    rows: Path,
+    output: Path,
+    batch_size: int,
+    wait: bool,
+    seed: int = 0,
+    is_chain: bool = False,
 ) -> dict[str, float]:
     """Run a plan on a file's rows, write the outputs, those of every step for a chain, and return the metrics.
 
     Until all is done, a folder beside the output keeps what is done.
     """
-    if distributed.run_on_main(output.exists):
-        raise ValueError(f"{output} exists; remove it or choose another file")
     length, vocab_size = plan.steps[0].max_new_tokens, plan.model.config.vocab_size
     examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
-    outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
-    metrics = multistep.evaluate(plan, examples, outputs)
-    columns = list(outputs.values())
-    lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
-    if _is_main():
-        write_atomic(output, json_lines(lines))
-        shutil.rmtree(folder)
+    with locked(folder / ".lock", wait):
+        # An output with such a folder is of a command that was cut off before it could remove the folder.
+        if distributed.run_on_main(lambda: output.exists() and {path.name for path in folder.iterdir()} == {".lock"}):
+            raise ValueError(f"{output} exists; remove it or choose another file")
+        outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
+        metrics = multistep.evaluate(plan, examples, outputs)
+        columns = list(outputs.values())
+        lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
+        if _is_main():
+            write_atomic(output, json_lines(lines))
+            shutil.rmtree(folder)
     return metrics
 
 
 def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[list[int]]:
     """The rows of a file, each checked: the model can read it, and the task is defined on it."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from None
+    for number, line in enumerate(lines, start=1):
         row = _read_row(line, f"line {number} of {path}", length, vocab_size)
         if not task.is_defined(np.array(row)):
             raise ValueError(f"line {number} of {path}: {task} is not defined on {row}: {task.requirement}")
@@ -467,8 +520,11 @@ def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[lis
 def _read_row(text: str, what: str, length: int, vocab_size: int) -> list[int]:
     """The integers of a row such as "[1, 2, 3]" or "1 2 3"."""
     words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
-    if len(words) != length or not all(word.isdecimal() and int(word) < vocab_size for word in words):
-        raise ValueError(f"{what} must be a list of {length} integers from 0 to {vocab_size - 1}, got {text!r}")
+    if len(words) != length or not all(
+        word.isdecimal() and len(word) < 20 and int(word) < vocab_size for word in words
+    ):
+        got = repr(text if len(text) < 100 else text[:100] + " ...")
+        raise ValueError(f"{what} must be a list of {length} integers from 0 to {vocab_size - 1}, got {got}")
     return list(map(int, words))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ SPLIT_VERSION = 2
 
 SPLITS = {"train": 11 / 16, "validation": 1 / 16, "test": 1 / 4}
 """The splits, with the share of all rows in each. Choices are made on validation rows, publications on test rows."""
+
+MAX_LENGTH = 4096
+"""Of a row: a block of longer ones would take much memory, and 10 is what the experiments use."""
 
 BLOCK_ROWS = 1024
 IGNORED = -1
@@ -78,8 +82,10 @@ class CustomDataset(torch.utils.data.Dataset):
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, Task) for task in tasks):
             raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], at least one, got {tasks!r}")
-        self.length, self.num_digits = _integer("length", length, 1), _integer("num_digits", num_digits, 2)
-        self.prefix_padding, self.size = _integer("prefix_padding", prefix_padding, 0), _integer("size", size, 1)
+        self.length = _integer("length", length, 1, MAX_LENGTH)
+        self.num_digits = _integer("num_digits", num_digits, 2, 2**31 - 1)  # drawn from 32 random bits
+        self.prefix_padding = _integer("prefix_padding", prefix_padding, 0, MAX_LENGTH)
+        self.size = _integer("size", size, 1)
         self.seed = _integer("seed", seed)
         self.split, self.tasks = split, tuple(tasks)
         self._streams: list[_RowStream] = []  # of each task
@@ -269,11 +275,13 @@ def _block(stream: _RowStream, number: int) -> np.ndarray:
     return np.concatenate(found)[:BLOCK_ROWS]
 
 
-def _integer(name: str, value: int, least: int | None = None) -> int:
+def _integer(name: str, value: int, least: float = -math.inf, most: float = math.inf) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if least is not None and value < least:
+    if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return int(value)
 
 

@@ -6,10 +6,13 @@ Legend: B batch, T tokens, P prefix positions, C channels, L layers, K adapters.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,17 +24,21 @@ from torch.distributed.tensor import DTensor
 from mingpt import distributed
 from mingpt.adapters import Adapter, PrefixAdapter
 from mingpt.datasets import IGNORED, CustomDataset
-from mingpt.distributed.sharding import distribute_like, fully_shard
+from mingpt.distributed.sharding import distribute_like, full_tensor, fully_shard
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
 from mingpt.storage import checkpoint
 from mingpt.storage.cache import verify
+from mingpt.storage.files import locked, parsing
 from mingpt.training import batches
 from mingpt.training.metrics import RUNTIME_KEYS, MetricsLogger
 from mingpt.training.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
 from mingpt.training.precision import PRECISIONS, autocast, resolve_precision
+from mingpt.training.signals import StopSignals
 from mingpt.utils import CfgNode
+
+logger = logging.getLogger("mingpt")
 
 AnyDataset = batches.MapDataset | batches.BatchedDataset
 OneOrMore = CustomDataset | Sequence[CustomDataset]
@@ -46,6 +53,10 @@ MOST = {"betas": 1, "muon_momentum": 1, "decay_fraction": 1}
 
 MAX_ROWS = 512
 """Rows that adapters train on at once."""
+
+
+class DivergedError(ArithmeticError):
+    """A training whose loss or gradient is no longer finite; the message says when, and what to try."""
 
 
 def check_config(config: CfgNode) -> None:
@@ -136,7 +147,7 @@ class Trainer:
             parallel: what each process has of the model: "ddp" all of it (DistributedDataParallel), "fsdp" a shard of
                 every parameter (fully_shard; only with adamw, and the model stays sharded after the run).
             checkpoint_path: a file that a run is resumed from where it exists, and saved to every checkpoint_every
-                iterations and at the end.
+                iterations, at the end, and when a signal asks to stop.
             metrics_path: a JSON-lines file that gets a line every log_every iterations.
             tensorboard_path: a folder for TensorBoard's events, where the package tensorboard is installed.
             progress: show a progress bar; "auto" shows it on a terminal.
@@ -228,8 +239,29 @@ class Trainer:
         return self.config.max_iters is not None and self.iter_num >= self.config.max_iters
 
     def clip_gradients(self) -> None:
-        """Scale the gradients down to a norm of at most ``grad_norm_clip``."""
-        nn.utils.clip_grad_norm_(self.trainable_parameters(), self.config.grad_norm_clip)
+        """Scale the gradients down to a norm of at most ``grad_norm_clip``, and have a look at them.
+
+        Raises:
+            DivergedError: if the loss or the norm is not finite.
+        """
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trainable_parameters(), self.config.grad_norm_clip))
+        if self._looks() and not torch.isfinite(self.loss + norm):
+            raise self._diverged(f"its loss is {self.loss.item()}, its gradient's norm {norm.item()}")
+
+    def _looks(self) -> bool:
+        """Whether to see if an iteration's numbers are finite: on a GPU it would wait for all that was launched."""
+        return self.device.type == "cpu" or (self.iter_num + 1) % self.config.log_every == 0
+
+    def _diverged(self, reason: str) -> DivergedError:
+        config = self.config
+        names = ["learning_rate"] + ["muon_learning_rate"] * (config.optimizer == "muon")
+        settings = " or ".join(f"{name} = {getattr(config, name)}" for name in names)
+        is_saved = config.checkpoint_path and Path(config.checkpoint_path).exists()
+        return DivergedError(
+            f"the training has diverged at iteration {self.iter_num + 1}, of which nothing is kept: {reason}; "
+            f"lower {settings}, or raise warmup_iters = {config.warmup_iters}"
+            + (f"; {config.checkpoint_path} has an earlier state" if is_saved else "")
+        )
 
     def trainable_parameters(self) -> list[Tensor]:
         """Those of the trained tensors that get a gradient."""
@@ -240,9 +272,19 @@ class Trainer:
     def run(self) -> None:
         """Train until ``max_iters``, from the beginning or from ``checkpoint_path`` where that file exists.
 
+        A signal to stop (SIGINT, SIGTERM, SIGHUP) is obeyed after the iteration that is going on, and after saving to
+        ``checkpoint_path``; a second one at once.
+
         Raises:
             CheckpointError: if that file is damaged or belongs to another run.
+            DivergedError: before an update that is not finite.
+            LockedError: if another process trains to that file.
         """
+        path = self.config.checkpoint_path and Path(self.config.checkpoint_path)
+        with locked(path.with_name(f".{path.name}.lock")) if path else nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         config = self.config
         self.iter_num, self.seconds = 0, 0.0
         # It follows set_seed, as minGPT's sampler does.
@@ -260,10 +302,11 @@ class Trainer:
         if config.checkpoint_path and distributed.run_on_main(lambda: Path(config.checkpoint_path).exists()):
             self._resume(config.checkpoint_path)
         self.model.train(any(p.requires_grad for p in self.model.parameters()))  # a frozen one is without dropout
-        with MetricsLogger(config, self.iter_num) as logger:
+        stop_signal = 0
+        with StopSignals() as signals, MetricsLogger(config, self.iter_num) as metrics:
             self.iter_time = time.perf_counter()
             iterator = self._batches()
-            while not self.is_finished():
+            while not self.is_finished() and not stop_signal:
                 x, y = next(iterator)
                 self._step(x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
                 self.trigger_callbacks("on_batch_end")
@@ -272,12 +315,23 @@ class Trainer:
                 self.iter_dt, self.iter_time = now - self.iter_time, now
                 self.seconds += self.iter_dt
                 rate = self.optimizer.param_groups[-1]["lr"]
-                logger.log_step(self.iter_num, self.loss, rate, self.iter_dt, self._validated)
+                metrics.log_step(self.iter_num, self.loss, rate, self.iter_dt, self._validated)
+                stop_signal = distributed.all_reduce_max(signals.received)
                 is_due = config.checkpoint_every and self.iter_num % config.checkpoint_every == 0
-                if is_due and not self.is_finished():
+                if is_due and not self.is_finished() and not stop_signal:
                     self.save()
-        if config.checkpoint_path:
-            self.save()
+            if config.checkpoint_path:
+                self.save()
+        if stop_signal:
+            state = f"{config.checkpoint_path} has the state, and the same call goes on from it"
+            logger.warning(
+                "stopped by %s after %d of %s iterations; %s",
+                signal.Signals(stop_signal).name,
+                self.iter_num,
+                config.max_iters,
+                state if config.checkpoint_path else "nothing is saved, as there is no checkpoint_path",
+            )
+            signal.raise_signal(stop_signal)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         factor = learning_rate_factor(self.iter_num, self.config)
@@ -344,7 +398,13 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write all that the rest of the run depends on to ``checkpoint_path``; all processes must get here."""
+        """Write all that the rest of the run depends on to ``checkpoint_path``; all processes must get here.
+
+        Raises:
+            DivergedError: rather than writing what is not finite.
+        """
+        if not all(torch.isfinite(full_tensor(tensor)).all() for tensor in self.trainable_parameters()):
+            raise self._diverged("what is trained is not finite")
         optimizer, skeleton = checkpoint.flatten_state(self.optimizer.state_dict(), "optimizer")
         tensors = {f"trained.{name}": tensor for name, tensor in self.trained_tensors().items()} | optimizer
         for states in distributed.all_gather({name: rng.get_rng_state() for name, rng in self._rngs().items()}):
@@ -356,10 +416,15 @@ class Trainer:
     def _resume(self, path: str | Path) -> None:
         tensors, description = checkpoint.load_checkpoint(path)
         verify(path, description.get("cache_key"), self._identity)
-        state = description["state"]
+        with parsing(path, "the state of a training"):
+            self._restore(tensors, description["state"], path)
+
+    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], path: str | Path) -> None:
+        trained = {name: tensors[f"trained.{name}"] for name in self.trained_tensors()}
+        checkpoint.check_finite({name: each for name, each in trained.items() if name != "curves"}, path)
         with torch.no_grad():
             for name, tensor in self.trained_tensors().items():
-                tensor.copy_(distribute_like(tensors[f"trained.{name}"], tensor))
+                tensor.copy_(distribute_like(trained[name], tensor))
         self.optimizer.load_state_dict(checkpoint.unflatten_state(state["optimizer"], tensors))
         if self.config.parallel == "fsdp":
             for parameter, own in self.optimizer.state.items():
@@ -389,6 +454,8 @@ class AdapterTrainer(Trainer):
             plateau.
         curves: (K, N) of float64, each adapter's accuracy on validation rows after every ``validate_every`` iterations;
             NaN where it has ended.
+        is_diverged: (K,) of bool, which adapters have ended because their gradients were not finite, with the values
+            before that.
     """
 
     def __init__(
@@ -436,15 +503,21 @@ class AdapterTrainer(Trainer):
         return torch.optim.AdamW(self.trainable_parameters(), lr=rate, betas=betas, weight_decay=0.0)
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        state = {"n_iters": self.n_iters, "curves": self.curves}
-        return dict(self.adapter.named_parameters()) | (state if self.config.validate_every else {})
+        state = {"n_iters": self.n_iters, "curves": self.curves, "is_diverged": self.is_diverged}
+        return dict(self.adapter.named_parameters()) | state
 
     def run(self) -> None:
-        """Train the adapters; the model's weights get no gradient and do not change."""
+        """Train the adapters; the model's weights get no gradient and do not change.
+
+        Raises:
+            DivergedError: when all have ended, if one has diverged; see ``Trainer.run`` for others.
+        """
         forever, n_iters = torch.iinfo(torch.int64).max, self.config.max_iters
         self.n_iters = torch.full((self._n_adapters,), forever if n_iters is None else n_iters)
         n_validations = (n_iters or 0) // (self.config.validate_every or forever)
         self.curves = torch.full((self._n_adapters, n_validations), torch.nan, dtype=torch.float64)
+        self.is_diverged = torch.zeros(self._n_adapters, dtype=torch.bool)
+        self._is_bad = torch.zeros(self._n_adapters, dtype=torch.bool, device=self.device)  # before it is looked at
         required = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in required:
             parameter.requires_grad_(False)
@@ -453,6 +526,16 @@ class AdapterTrainer(Trainer):
         finally:
             for parameter in required:
                 parameter.requires_grad_(True)
+        if self.is_diverged.any():
+            found = zip(self._names, self.n_iters.tolist(), self.learning_rates, self.is_diverged, strict=True)
+            which = [
+                f"{name} at iteration {n + 1} (rate {rate})" for name, n, rate, is_diverged in found if is_diverged
+            ]
+            raise DivergedError(f"diverged, with the values before that kept: {', '.join(which)}; lower learning_rate")
+
+    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], path: str | Path) -> None:
+        super()._restore(tensors, state, path)
+        self._is_bad = self.is_diverged.to(self.device)
 
     @property
     def _numbers(self) -> list[int]:
@@ -500,7 +583,8 @@ class AdapterTrainer(Trainer):
             shares = (torch.tensor(rates, device=self.device) / common).clamp(min=0)
             with torch.no_grad():
                 for tensor, old in zip(tensors, before, strict=True):
-                    tensor.copy_(old.lerp(tensor, shares.view(-1, *[1] * (tensor.ndim - 1))))
+                    own, is_kept = (each.view(-1, *[1] * (tensor.ndim - 1)) for each in (shares, self._is_bad))
+                    tensor.copy_(torch.where(is_kept, old, old.lerp(tensor, own)))
         if self.config.validate_every and (self.iter_num + 1) % self.config.validate_every == 0:
             self._validate()
 
@@ -522,11 +606,17 @@ class AdapterTrainer(Trainer):
                 self.n_iters[number] = min(config.max_iters, math.ceil(n_done / (1 - kept)))
 
     def clip_gradients(self) -> None:
-        """Scale each adapter's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone."""
+        """Scale each adapter's gradient down to a norm of at most ``grad_norm_clip``, as if it were alone.
+
+        One that is not finite ends its adapter.
+        """
         # The loss is the mean over the adapters that learn; a lone adapter's is its own.
         gradients = [tensor.grad for tensor in self.trainable_parameters() if tensor.grad is not None]
         norms = torch.stack([each.reshape(self._n_adapters, -1).norm(dim=1) for each in gradients]).norm(dim=0)
-        n_learning = len(self._numbers)
+        n_learning, self._is_bad = len(self._numbers), self._is_bad | ~torch.isfinite(norms)
+        if self._looks():
+            is_new = self._is_bad.cpu() & ~self.is_diverged
+            self.n_iters[is_new], self.is_diverged[is_new] = self.iter_num, True
         scale = n_learning * (self.config.grad_norm_clip / (n_learning * norms + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient *= scale.view(-1, *[1] * (gradient.ndim - 1))

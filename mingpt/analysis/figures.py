@@ -10,11 +10,9 @@ Legend: H heads, L row length, P prefix positions, T = P + 2 L - 1 tokens that t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -309,21 +307,6 @@ def _percent_and_errors(scores: Iterable[Score]) -> tuple[np.ndarray, np.ndarray
 
 
 # ------------------------------------------------------------------------------------------ training and analysis
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file such as the Trainer's ``metrics_path``.
-
-    Raises:
-        ValueError: if a line is not JSON, with the file's name and the line's number.
-    """
-    lines = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); a killed run may leave half a line") from None
-    return lines
 
 
 def learning_curves(

@@ -7,6 +7,7 @@ splits a model.
 from mingpt.distributed.process_group import (
     OtherProcessError,
     all_gather,
+    all_reduce_max,
     all_reduce_sum,
     broadcast,
     init_process_group,
@@ -19,6 +20,6 @@ from mingpt.distributed.process_group import (
 )
 
 __all__ = [
-    "OtherProcessError", "all_gather", "all_reduce_sum", "broadcast", "init_process_group", "is_main",
+    "OtherProcessError", "all_gather", "all_reduce_max", "all_reduce_sum", "broadcast", "init_process_group", "is_main",
     "map_over_ranks", "rank", "resolve_device", "run_on_main", "world_size",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
+from mingpt.storage.files import CheckpointError
 from mingpt.tasks import CompositeTask, SortAscending, SortDescending, Task, Values
 from mingpt.training.precision import autocast
 from mingpt.utils import derived_seed, nearest
@@ -141,6 +142,10 @@ def predict(
             key |= {"prompts": json_checksum(prompts), "step": {k: json_checksum(v) for k, v in fields.items()}}
             path, partial_path = (Path(folder) / f"{step.name}{suffix}" for suffix in (".json", ".partial.jsonl"))
             outputs[step.name] = cached_json(path, key, partial(predict, step.name, partial_path, key))
+            if len(outputs[step.name]) != len(examples):
+                raise CheckpointError(
+                    f"{path}: {len(outputs[step.name])} outputs of {len(examples)} examples; delete it"
+                )
             distributed.run_on_main(partial(partial_path.unlink, missing_ok=True))
     return outputs
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,11 @@ from mingpt.distributed import resolve_device, run_on_main
 from mingpt.model import GPT
 from mingpt.prefix import AXES, Prefix, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
-from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash, write_atomic
+from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash
+from mingpt.storage.files import locked, write_atomic
 from mingpt.storage.weights import load_model, load_prefix, load_prefixes, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
-from mingpt.trainer import AdapterTrainer, Trainer, check_config, recipe
+from mingpt.trainer import AdapterTrainer, DivergedError, Trainer, check_config, recipe
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -184,6 +186,10 @@ def train_prefixes(
 
     Returns:
         The prefixes by task, and how many seconds the training took.
+
+    Raises:
+        DivergedError: if the training of one diverges; the others are trained and saved then.
+        LockedError: if another process writes into the run.
     """
     folder, model_hash = Path(run) / name, weights_hash(model)
     init = ("random" if kind == "key_value" else "padding") if init is None else init
@@ -198,8 +204,11 @@ def train_prefixes(
         for task, own in zip(data, inits, strict=True)
     }
     paths = {task: beside(folder / f"{task}.safetensors", key) for task, key in keys.items()}
-    own_keys = run_on_main(lambda: {task: key for task, key in keys.items() if not paths[task].exists()})
-    if own_keys:
+
+    def missing() -> dict[str, CacheKey]:
+        return run_on_main(lambda: {task: key for task, key in keys.items() if not paths[task].exists()})
+
+    def train(own_keys: dict[str, CacheKey]) -> None:
         training = folder / f"training-{json_checksum(own_keys)[:8]}"
         set_seed(config.seed + 1)
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
@@ -211,11 +220,18 @@ def train_prefixes(
 
         def save(metrics: dict[str, float]) -> None:
             final = trained.prefix().values.detach()
-            for (task, key), value, n_iters in zip(own_keys.items(), final, trainer.n_iters.tolist(), strict=True):
-                own = metrics | {"n_iters": n_iters, "training": training.name}
-                save_prefix(paths[task], Prefix(kind, value[None]), model, task=task, metrics=own, cache_key=key)
+            for n, (task, key) in enumerate(own_keys.items()):
+                if not trainer.is_diverged[n]:
+                    own = metrics | {"n_iters": int(trainer.n_iters[n]), "training": training.name}
+                    prefix = Prefix(kind, final[n : n + 1])
+                    save_prefix(paths[task], prefix, model, task=task, metrics=own, cache_key=key)
 
         _train(trainer, {"prefixes": own_keys}, save)
+
+    if missing():
+        with locked(Path(run) / ".lock"):
+            if own_keys := missing():  # another process may have been faster
+                train(own_keys)
     load = partial(load_prefix, model=model, model_hash=model_hash)
     found = {task: cached(paths[task], key, lambda: None, load) for task, key in keys.items()}
     own_metrics = {task: description["metrics"] for task, (_, description) in found.items()}
@@ -262,10 +278,23 @@ def _trainer_config(config: CfgNode, folder: Path) -> CfgNode:
 
 
 def _train(trainer: Trainer, cache_key: CacheKey, save: Callable[..., None]) -> None:
-    """Train and save; then the state goes, so that deleting the file that was saved has it made anew."""
+    """Train and save; then the state goes, so that deleting the file that was saved has it made anew.
+
+    Raises:
+        DivergedError: with the state left; of adapters, those that did not diverge are saved instead.
+    """
     path, n_iterations = Path(trainer.config.checkpoint_path), trainer.config.max_iters
     logger.info("%s: %d iterations on %s in %s", path.parent.name, n_iterations, trainer.device, trainer.precision)
     trainer.cache_key = dict(cache_key)
-    trainer.run()
-    save(metrics={"loss": trainer.loss.item(), "seconds": trainer.seconds})
+    error = None
+    try:
+        trainer.run()
+    except DivergedError as raised:
+        if not isinstance(trainer, AdapterTrainer):
+            raise
+        error = raised
+    loss = trainer.loss.item()
+    save(metrics={"loss": loss if math.isfinite(loss) else None, "seconds": trainer.seconds})
     run_on_main(lambda: path.unlink(missing_ok=True))
+    if error:
+        raise error

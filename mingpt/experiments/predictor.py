@@ -8,7 +8,6 @@ do not depend on W, and random draws are a function of (seed, index of the examp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,8 @@ from torch.utils._pytree import tree_map
 from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
 from mingpt.storage.cache import cached_json
-from mingpt.storage.checkpoint import json_checksum, write_atomic
+from mingpt.storage.checkpoint import json_checksum
+from mingpt.storage.files import locked, naming, parsing, read_json_lines, write_atomic
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Predictor:
             desc: what the progress bar says after "Predicting".
             path: a file that gets the predictions, a line of JSON each in the order of the examples. It appears when it
                 is complete; until then they gather in the folder ``path.parts``, and after an interruption the same
-                call, with any number of processes, predicts what is missing.
+                call, with any number of processes, predicts what is missing. What is there is replaced.
             cache_key: a JSON value that says what else the predictions depend on, such as the hash of a model's
                 weights; what another call has left in ``path.parts`` is not continued.
 
@@ -111,21 +111,32 @@ class Predictor:
 
         Raises:
             CheckpointError: if ``path.parts`` is of other examples or another cache key.
+            LockedError: if another process predicts to the same path.
             ValueError: if ``output_fn`` gave another number of predictions than it got.
         """
-        from tqdm import tqdm
-
         if per_device_batch_size < 1:
             raise ValueError(f"per_device_batch_size must be at least 1, got {per_device_batch_size}")
-        share, n_shares, is_writer = self._set_up()
-        parts, done, attempt = None, {}, 0
-        if path is not None:
-            parts = Path(path).with_name(Path(path).name + ".parts")
+        if path is None:
+            return self._predict(examples, per_device_batch_size, desc, None)
+        folder = Path(path).with_name(Path(path).name + ".parts")
+        with locked(folder / ".lock"):
             key = {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key}
-            cached_json(parts / "cache_key.json", key, lambda: None)
-            done, attempt = distributed.run_on_main(lambda: _collect(parts))
+            cached_json(folder / "cache_key.json", key, lambda: None)
+            # The hash is in the files' names too: what is left of a folder that was being removed is not mistaken.
+            parts = folder / f"{json_checksum(key)[:16]}-"
+            predictions = self._predict(examples, per_device_batch_size, desc, parts)
+            distributed.run_on_main(lambda: write_atomic(path, json_lines(predictions)))
+            distributed.run_on_main(lambda: shutil.rmtree(folder))
+        return predictions
+
+    def _predict(self, examples: Sequence[Any], batch_size: int, desc: str | None, parts: Path | None) -> list[Any]:
+        """The predictions, those that files whose names begin with ``parts`` have, and those that are missing there."""
+        from tqdm import tqdm
+
+        share, n_shares, is_writer = self._set_up()
+        done, attempt = ({}, 0) if parts is None else distributed.run_on_main(lambda: _collect(parts, len(examples)))
         missing = [index for index in range(len(examples)) if index not in done]
-        batches = [missing[i : i + per_device_batch_size] for i in range(0, len(missing), per_device_batch_size)]
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         own: dict[int, Any] = {}
         title = "Predicting" if desc is None else f"Predicting ({desc})"
         hidden = None if distributed.is_main() else True
@@ -133,19 +144,15 @@ class Predictor:
             predicted = list(zip(batch, self._predict_batch(examples, batch), strict=True))
             if parts is not None and is_writer:
                 lines = json_lines(predicted)
-                with (parts / f"process{distributed.rank()}-{attempt}.jsonl").open("ab") as log:
-                    log.write(lines)
+                log = parts.with_name(f"{parts.name}{distributed.rank()}-{attempt}.jsonl")
+                with naming(log), log.open("ab") as file:
+                    file.write(lines)
                 predicted = map(json.loads, lines.splitlines())  # as an interrupted run would find them
             own.update(predicted)
         # A process that only helps to compute a share leaves reporting it to the one that writes.
         for other in distributed.all_gather(own if is_writer else {}):
             done.update(other)
-        predictions = [done[index] for index in range(len(examples))]
-
-        if path is not None and parts is not None:
-            distributed.run_on_main(lambda: write_atomic(path, json_lines(predictions)))
-            distributed.run_on_main(lambda: shutil.rmtree(parts))
-        return predictions
+        return [done[index] for index in range(len(examples))]
 
     def _set_up(self) -> tuple[int, int, bool]:
         """Split the model where that is asked for. Returns which share is this process's, of how many, and whether it
@@ -171,16 +178,19 @@ class Predictor:
         return predictions
 
 
-def _collect(parts: Path) -> tuple[dict[int, Any], int]:
+def _collect(parts: Path, n_examples: int) -> tuple[dict[int, Any], int]:
     """What interrupted calls have left: predictions by index, and how many files of them there are.
 
-    A line is ``[index, prediction]``; the last one of a process that was killed may be torn, which is no JSON then.
+    A line is ``[index, prediction]``; the last one of a process that was killed may be torn.
     """
     done: dict[int, Any] = {}
-    files = sorted(parts.glob("process*.jsonl"))
-    for line in (line for file in files for line in file.read_text().splitlines()):
-        with contextlib.suppress(json.JSONDecodeError):
-            index, done[index] = json.loads(line)
+    files = sorted(parts.parent.glob(f"{parts.name}*.jsonl"))
+    for file in files:
+        with parsing(file, "predictions with their indices"):
+            for index, prediction in read_json_lines(file):
+                if type(index) is not int or not 0 <= index < n_examples:
+                    raise ValueError(f"index {index!r}")
+                done[index] = prediction
     return done, len(files)
 
 

@@ -6,8 +6,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from mingpt.storage.cache import read_json
 from mingpt.storage.checkpoint import json_checksum
+from mingpt.storage.files import read_json
 from mingpt.trainer import Trainer, recipe
 from mingpt.utils import CfgNode, nearest
 

@@ -8,6 +8,7 @@ A run is a folder; ``mingpt.experiments.pipeline`` says what its stages leave th
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from mingpt import distributed
-from mingpt.analysis.figures import read_metrics
 from mingpt.evaluation import Score, accuracy_matrix, bayes_loss, evaluate, predict
 from mingpt.experiments.pipeline import EVERY_TASK, KINDS, dataset, pretrain, train_prefixes
 from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
+from mingpt.storage.files import write_atomic
 from mingpt.tasks import PRETRAINING_TASKS, Task
+from mingpt.training.metrics import read_metrics
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
@@ -106,9 +108,13 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
         n_iters = {kind: {task: each["n_iters"] for task, each in own.items()} for kind, own in metrics.items()}
         return found | {"n_iters": n_iters, "curves": curves}
 
+    def draw() -> None:
+        last = run / "figures" / f"attention_{tasks[0]}.png"  # there when all are
+        if not (is_done and last.exists()):
+            draw_figures(config, run, model, prefixes["key_value"], results)
+
     results = cached_json(path, key, compute)
-    if not is_done:
-        distributed.run_on_main(lambda: draw_figures(config, run, model, prefixes["key_value"], results))
+    distributed.run_on_main(draw)
     return results
 
 
@@ -253,7 +259,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 def draw_figures(
     config: CfgNode, run: Path, model: GPT, prefixes: Mapping[str, Prefix], results: Mapping[str, Any]
 ) -> None:
-    """Draw what a run found into ``figures/`` of its folder.
+    """Draw what a run found into ``figures/`` of its folder, the attention with the first prefix last.
 
     Args:
         config: of the run.
@@ -278,7 +284,7 @@ def draw_figures(
         "prefix_effect": draw.paired_bars(with_prefix, without, groups, title="What a prefix adds"),
         "positions": draw.position_accuracy_figure(with_prefix, title=f"Rows that are right so far ({n_rows} rows)"),
         "pretraining": draw.learning_curves(
-            {"pretraining": draw.read_metrics(run / "pretraining" / "metrics.jsonl")},
+            {"pretraining": read_metrics(run / "pretraining" / "metrics.jsonl")},
             title="Pretraining on seven tasks mixed",
             floor=results["bayes_loss"],
         ),
@@ -300,6 +306,7 @@ def draw_figures(
         found[f"attention_{label}"] = draw.attention_visualization(
             sample, record, n_zeros, data.length, title=title, annot=False
         )
-    (run / "figures").mkdir(exist_ok=True)
     for label, figure in found.items():
-        figure.savefig(run / "figures" / f"{label}.png", dpi=150)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150)
+        write_atomic(run / "figures" / f"{label}.png", content.getvalue())

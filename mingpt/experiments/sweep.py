@@ -13,9 +13,11 @@ every pack is computed by one thread, so the table is the same to the byte howev
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,11 +37,12 @@ from mingpt.evaluation import evaluate
 from mingpt.experiments.pipeline import dataset
 from mingpt.experiments.presets import get_default_config, run_config
 from mingpt.model import GPT
-from mingpt.storage.cache import cached_json, read_json
-from mingpt.storage.checkpoint import json_checksum, weights_hash, write_atomic
+from mingpt.storage.cache import cached_json, read_cached_json
+from mingpt.storage.checkpoint import json_checksum, weights_hash
+from mingpt.storage.files import LockedError, locked, parsing, read_json, write_atomic
 from mingpt.storage.weights import load_adapter, load_model, save_adapter
 from mingpt.tasks import TEST_TASKS, Task
-from mingpt.trainer import AdapterTrainer, recipe
+from mingpt.trainer import AdapterTrainer, DivergedError, recipe
 from mingpt.training.precision import resolve_precision
 from mingpt.utils import CfgNode, nearest, set_seed
 
@@ -221,7 +224,7 @@ class Study:
         rows: dict[str, dict[str, Any]] = {}
         for name in ("results", "seconds"):
             if (path := self.folder / f"{name}.csv").exists():
-                with path.open(newline="") as file:
+                with parsing(path, "a row for each cell"), path.open(newline="") as file:
                     for row in csv.DictReader(file):
                         own = {key: _parse(text) for key, text in row.items()} | {"cell": row["cell"]}
                         rows[row["cell"]] = rows.get(row["cell"], {}) | own
@@ -240,7 +243,8 @@ class Study:
         path = self.folder / "rates.json"
         if self.search is None:
             return self
-        rates = {name: [rate] for name, rate in read_json(path).items()} if path.exists() else {}
+        with parsing(path, "a learning rate for each method"):
+            rates = {name: [float(rate)] for name, rate in read_json(path).items()} if path.exists() else {}
         return replace(self, search=None, learning_rates=rates) if rates.keys() >= set(self.methods) else None
 
     def progress(self) -> dict[str, int]:
@@ -254,8 +258,8 @@ class Study:
 
         Columns beside the cell's: cell (its folder's name, a hash of its cache key), n_parameters, n_correct, n_rows,
         accuracy, loss (mean cross-entropy of the same rows in nats), n_iters (below max_iters where it ended at its
-        plateau), curve (accuracy on ``validation_rows`` validation rows after every ``validate_every`` iterations),
-        seconds (its share of the pack's).
+        plateau, or diverged: then is_diverged says so), curve (accuracy on ``validation_rows`` validation rows after
+        every ``validate_every`` iterations), seconds (its share of the pack's).
         """
         import pandas as pd
 
@@ -263,7 +267,7 @@ class Study:
         for cell, path in self.paths.items():
             name = path.parent.name
             if path.exists():
-                rows.append({"cell": name} | cell._asdict() | read_json(path, "value")["value"])
+                rows.append({"cell": name} | cell._asdict() | read_cached_json(path)["value"])
             elif name in self._tables:
                 rows.append(self._tables[name])
         return pd.DataFrame(rows)
@@ -314,7 +318,8 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     rates = [cell.learning_rate for cell in cells]
     trainer = AdapterTrainer(config.prefix, model, list(data.values()), adapter, rates)
     trainer.cache_key = {"cells": [study.keys[cell] for cell in cells]}
-    trainer.run()
+    with contextlib.suppress(DivergedError):  # the others are none the worse for it, and its result says so
+        trainer.run()
 
     def score(number: int, cell: Cell) -> dict[str, Any]:
         rows = data[cell].with_split(study.split)
@@ -326,11 +331,11 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
             "n_correct": found.n_correct,
             "n_rows": found.n_rows,
             "accuracy": found.accuracy,
-            "loss": loss.item(),
+            "loss": loss.item() if math.isfinite(loss.item()) else None,
             "n_iters": int(trainer.n_iters[number]),
             "curve": [round(each, 4) for each in trainer.curves[number].tolist() if each == each],
             "seconds": trainer.seconds / len(cells),
-        }
+        } | ({"is_diverged": True} if trainer.is_diverged[number] else {})
 
     for number, cell in enumerate(cells):
         if study.keep:
@@ -339,10 +344,12 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     state.unlink(missing_ok=True)
 
 
-def run_shard(study: Study, shard: int = 0, n_shards: int = 1) -> None:
-    """Compute every ``n_shards``-th pack of a study, from number ``shard`` on."""
-    for cells in study.packs[shard::n_shards]:
-        run_pack(study, cells)
+def run_packs(study: Study) -> None:
+    """Compute what is missing of a study, but for the packs that other processes are computing."""
+    for cells in study.packs:
+        if not all(map(study.is_done, cells)):
+            with contextlib.suppress(LockedError), locked(study.state(cells).with_suffix(".lock")):
+                run_pack(study, cells)
 
 
 def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, Any] | None = None) -> DataFrame:
@@ -372,10 +379,7 @@ def compute(study: Study, n_processes: int | None = None, slurm: Mapping[str, An
     text = json.dumps(asdict(study) | {"folder": str(study.folder)})
     file = study.folder / "packs" / f"study-{json_checksum(text)[:8]}.json"
     write_atomic(file, text.encode())
-    commands = [
-        [sys.executable, "-m", "mingpt", "sweep", str(file), "--shard", f"{shard}/{n_processes}"]
-        for shard in range(n_processes)
-    ]
+    commands = [[sys.executable, "-m", "mingpt", "sweep", str(file), "--worker"]] * n_processes
     if slurm is not None:
         _submit(study, commands, dict(slurm))
     elif study.missing():
@@ -390,6 +394,8 @@ def compute(study: Study, n_processes: int | None = None, slurm: Mapping[str, An
         finally:
             for process in processes:
                 process.terminate()
+            for process in processes:  # they save first
+                process.wait()
         failed = [number for number, process in enumerate(processes) if process.wait()]
         if failed:
             raise RuntimeError(f"processes {failed} of the sweep failed; the same command goes on with what is missing")

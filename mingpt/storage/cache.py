@@ -14,16 +14,22 @@ from typing import Any, TypeVar
 
 from mingpt.distributed import run_on_main
 from mingpt.storage import checkpoint
-from mingpt.storage.checkpoint import CheckpointError, verify
+from mingpt.storage.checkpoint import json_checksum, verify
+from mingpt.storage.files import CheckpointError, locked, read_json, write_atomic
 
 T = TypeVar("T")
 CacheKey = Mapping[str, Any]
 
 
 def cached(
-    path: Path, cache_key: CacheKey, compute: Callable[[], None], load: Callable[[Path], tuple[T, dict[str, Any]]]
+    path: Path,
+    cache_key: CacheKey,
+    compute: Callable[[], None],
+    load: Callable[[Path], tuple[T, dict[str, Any]]],
 ) -> tuple[T, dict[str, Any]]:
     """Read a result, after computing it where its file is missing. All processes must get here.
+
+    While it computes, it holds the lock of the folder.
 
     Args:
         path: the file of the result.
@@ -36,9 +42,12 @@ def cached(
 
     Raises:
         CheckpointError: if the file is of another cache key, or damaged.
+        LockedError: if it is missing, and another process writes into the folder.
     """
     if not run_on_main(path.exists):
-        compute()
+        with locked(path.with_name(".lock")):
+            if not run_on_main(path.exists):  # another process may have been faster
+                compute()
     value, description = load(path)
     verify(path, description.get("cache_key"), cache_key)
     return value, description
@@ -49,11 +58,12 @@ def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any
     path = Path(path)
 
     def write() -> None:
-        content = json.dumps({"cache_key": cache_key, "value": compute()}, indent=1)
-        run_on_main(lambda: checkpoint.write_atomic(path, content.encode()))
+        found = json.loads(json.dumps({"cache_key": cache_key, "value": compute()}, allow_nan=False))
+        content = json.dumps({"checksum": json_checksum(found)} | found, indent=1)
+        run_on_main(lambda: write_atomic(path, content.encode()))
 
     def load(path: Path) -> tuple[Any, dict[str, Any]]:
-        found = read_json(path, "cache_key", "value")
+        found = read_cached_json(path)
         return found["value"], found
 
     return cached(path, cache_key, write, load)[0]
@@ -76,16 +86,15 @@ def beside(path: Path, cache_key: CacheKey) -> Path:
     return run_on_main(choose)
 
 
-def read_json(path: str | Path, *fields: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object with these fields.
+def read_cached_json(path: str | Path) -> dict[str, Any]:
+    """What ``cached_json`` has written: "cache_key" and "value".
 
     Raises:
-        CheckpointError: if it is damaged, naming the file.
+        CheckpointError: if it is damaged, or was changed.
     """
-    try:
-        found = json.loads(Path(path).read_text())
-        if not (isinstance(found, dict) and found.keys() >= set(fields)):
-            raise ValueError(f"expecting an object with the fields ({', '.join(fields)})")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, not the right JSON ({error}); delete it to make it anew") from None
+    found = read_json(path, "checksum", "cache_key", "value")
+    if found.pop("checksum") != json_checksum(found):
+        raise CheckpointError(
+            f"{path}: field 'checksum' does not match; the file is damaged, delete it to make it anew"
+        )
     return found

@@ -1,15 +1,14 @@
 """Checkpoints: one safetensors file each, with a JSON description in its header; atomic to write, verified to read.
 
-A file is either the old one or the new one, never half of one: it is written beside its place, flushed to the disk and
-renamed. The description and the tensors are one file, so that they cannot come apart. Nothing is unpickled.
+The description and the tensors are one file, so that they cannot come apart. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
+import textwrap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,33 +22,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 import mingpt
 from mingpt import distributed
 from mingpt.distributed.sharding import full_tensor
+from mingpt.storage.files import CheckpointError, parse_json, write_atomic
 
 FORMAT = 1
 _HEADER = "mingpt"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or is of something else; the message names the file and the field."""
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds either all of it or what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only where that failed
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | None:
@@ -78,7 +54,9 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
         header = {
             "format": FORMAT,
             "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "description": json.loads(json.dumps(description)),  # as it will be read: with strings as keys, and lists
+            "description": json.loads(
+                json.dumps(description, allow_nan=False)
+            ),  # as it will be read: with strings as keys, and lists
         }
         header["checksum"] = checksum(own, header)
         write_atomic(path, save(own, metadata={_HEADER: json.dumps(header)}))
@@ -124,14 +102,16 @@ def _read(path: str | Path, with_tensors: bool = True) -> tuple[dict[str, Any], 
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            header = parse_json((file.metadata() or {}).get(_HEADER, "null"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys() if with_tensors}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, not a readable safetensors file ({error})") from None
     if not isinstance(header, dict) or not {"format", "checksum", "versions", "description"} <= header.keys():
         raise CheckpointError(f"{path}: its header has no complete field '{_HEADER}'; not written by mingpt")
     if header["format"] != FORMAT:
-        raise CheckpointError(f"{path}: field 'format' is {header['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: field 'format' is {_short(header['format'])}, this version reads {FORMAT}")
+    if not isinstance(header["description"], dict):
+        raise CheckpointError(f"{path}: field 'description' is no object; not written by mingpt")
     return header, tensors
 
 
@@ -150,19 +130,41 @@ def verify(path: str | Path, found: Mapping[str, Any] | None, expected: Mapping[
     if difference:
         name, old, new = difference
         raise CheckpointError(
-            f"{path}: it was made with {name} = {old!r}, asked for is {new!r}; choose another folder or file, or "
-            "delete this one to make it anew"
+            f"{path}: it was made with {name} = {_short(old)}, asked for is {_short(new)}; choose another folder or "
+            "file, or delete this one to make it anew"
         )
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that weights are numbers.
+
+    Raises:
+        CheckpointError: naming the file and the first tensor with a NaN or an infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; what made it has diverged, make it anew")
+
+
+def verify_shapes(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Check that tensors are all of a module's, by names and shapes; a CheckpointError names the first difference."""
+    shapes = [{name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, module.state_dict())]
+    verify(path, {"shapes": shapes[0]}, {"shapes": shapes[1]})
 
 
 def load_weights(module: torch.nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Load a module's weights, all of them, checking names and shapes first.
 
     Raises:
-        CheckpointError: naming the file and the first tensor that is missing, unknown, or of another shape.
+        CheckpointError: naming the file and the first tensor that is missing, unknown, of another shape, or not finite.
     """
-    shapes = [{name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, module.state_dict())]
-    verify(path, {"shapes": shapes[0]}, {"shapes": shapes[1]})
+    verify_shapes(module, tensors, path)
+    check_finite(tensors, path)
     module.load_state_dict(dict(tensors))
 
 

@@ -9,8 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from mingpt.storage.cache import read_json
 from mingpt.storage.checkpoint import read_description
+from mingpt.storage.files import read_json
 
 FOLDERS = (Path("runs"), Path("checkpoints"))
 """Where runs are, relative to the current folder."""

@@ -13,8 +13,16 @@ from mingpt.adapters import METHODS, Adapter
 from mingpt.datasets import CustomDataset
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
-from mingpt.storage.cache import verify
-from mingpt.storage.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint, weights_hash
+from mingpt.storage.checkpoint import (
+    check_finite,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    verify,
+    verify_shapes,
+    weights_hash,
+)
+from mingpt.storage.files import parsing
 
 
 def save_model(path: str | Path, model: GPT, **description: Any) -> None:
@@ -37,11 +45,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
     """
     tensors, description = load_checkpoint(path, kind="model")
     config = GPT.get_default_config()
-    try:
+    with parsing(path, "a model"):
         config.update_from(description["config"], str(path))
+        if config.n_layer > len(tensors):
+            raise ValueError(f"n_layer is {config.n_layer}, and there are {len(tensors)} tensors")
+        with torch.device("meta"):  # without memory: whatever the file says, no more is taken than it has tensors for
+            verify_shapes(GPT(config), tensors, path)
         model = GPT(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: field 'config' does not make a model: {error}") from None
     load_weights(model, tensors, path)
     return model.to(device).eval(), description
 
@@ -73,12 +83,13 @@ def load_prefix(path: str | Path, model: GPT, model_hash: str | None = None) -> 
         CheckpointError: if it is damaged, holds no prefix, or is for another model.
     """
     tensors, description = load_checkpoint(path, kind="prefix")
-    try:
+    with parsing(path, "a prefix for this model"):
         own = description["prefix"]
         prefix = Prefix(own["kind"], tensors["values"].to(model.device), n_placeholders=own["n_placeholders"])
         prefix.check(model.config.n_layer, model.config.n_embd, prefix.n_prefixes)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: it does not hold a prefix for this model: {error}") from None
+        if own["n_placeholders"] > model.config.block_size:
+            raise ValueError(f"it stands for {own['n_placeholders']} tokens, the model reads {model.config.block_size}")
+    check_finite(tensors, path)
     verify(path, {"model": description.get("model")}, {"model": model_hash or weights_hash(model)})
     return prefix, description
 
@@ -116,11 +127,13 @@ def load_adapter(path: str | Path, model: GPT) -> tuple[Adapter, dict[str, Any]]
         CheckpointError: if it is damaged, holds no adapter of a method of this package, or is for another model.
     """
     tensors, description = load_checkpoint(path, kind="adapter", model=weights_hash(model))
-    try:
-        method = cast(Callable[..., Adapter], METHODS[description["method"]])
-        adapter = method(model, CustomDataset.from_description(description["data"]), description["size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: it does not hold an adapter for this model: {error}") from None
+    with parsing(path, "an adapter for this model"):
+        method, size = METHODS[description["method"]], description["size"]
+        n_numbers = sum(tensor.numel() for tensor in tensors.values())
+        if method.count(model.config, size) > n_numbers:
+            raise ValueError(f"an adapter of size {size} has more than {n_numbers} numbers")
+        data = CustomDataset.from_description(description["data"])
+        adapter = cast(Callable[..., Adapter], method)(model, data, size)
     load_weights(adapter, tensors, path)
     adapter.detach()
     return adapter.to(model.device), description

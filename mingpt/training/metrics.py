@@ -7,12 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from mingpt import distributed
-from mingpt.storage import checkpoint
+from mingpt.storage.files import CheckpointError, naming, read_json_lines, write_atomic
 from mingpt.utils import CfgNode
 
 RUNTIME_KEYS = {
@@ -77,7 +77,8 @@ class MetricsLogger(contextlib.ExitStack):
             line = {"iter": iter_num, "loss": value if math.isfinite(value) else None}
             line |= {"learning_rate": learning_rate, "iter_dt": iter_dt}
             line |= {"accuracies": accuracies} if accuracies else {}
-            print(json.dumps(line, allow_nan=False), file=self._file, flush=True)
+            with naming(self._file.name):
+                print(json.dumps(line, allow_nan=False), file=self._file, flush=True)
         if self._writer is not None:
             self._writer.add_scalar("loss", value, iter_num)
             self._writer.add_scalar("learning_rate", learning_rate, iter_num)
@@ -85,9 +86,20 @@ class MetricsLogger(contextlib.ExitStack):
 
 def _open_metrics(path: Path, iter_num: int) -> TextIO:
     """Open a JSON-lines file to append to, without the lines of iterations that a resumed run does again."""
-    kept = []
-    if iter_num and path.exists():
-        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
-            kept.extend(line for line in path.read_text().splitlines(True) if json.loads(line)["iter"] <= iter_num)
-    checkpoint.write_atomic(path, "".join(kept).encode())
+    lines = read_metrics(path) if iter_num and path.exists() else []
+    kept = [json.dumps(line) + "\n" for line in lines if line["iter"] <= iter_num]
+    write_atomic(path, "".join(kept).encode())
     return path.open("a")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a run is writing at the moment is left out.
+
+    Raises:
+        CheckpointError: for a line that is none of a metrics file.
+    """
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not (isinstance(line, dict) and isinstance(line.get("iter"), int)):
+            raise CheckpointError(f"{path}: damaged, line {number} has no field 'iter'; delete the file")
+    return lines

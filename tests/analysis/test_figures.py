@@ -27,7 +27,6 @@ from mingpt.analysis.figures import (
     paired_bars,
     pca_figure,
     position_accuracy_figure,
-    read_metrics,
 )
 from mingpt.analysis.theory import random_case
 from mingpt.evaluation import ConstraintEffect, Score
@@ -369,19 +368,6 @@ def test_points_keep_their_distances_where_a_plane_holds_them():
     assert sum(shares) == pytest.approx(100, abs=0.11)
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
     assert_nothing_is_cut_off(figure)
-
-
-def test_metrics_are_read_line_by_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iter": 10, "loss": 2.5}\n{"iter": 20, "loss": 1.25}\n')
-    assert read_metrics(path) == read_metrics(str(path)) == [{"iter": 10, "loss": 2.5}, {"iter": 20, "loss": 1.25}]
-
-
-def test_a_half_written_line_of_metrics_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iter": 10, "loss": 2.5}\n{"iter": 20, "lo')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        read_metrics(path)
 
 
 def test_curves_are_the_losses_over_a_floor():

@@ -94,7 +94,7 @@ def test_predictions_are_written_as_they_come(tmp_path):
     seen = []
 
     def pred_fn(batch, _):
-        parts = (tmp_path / "out.jsonl.parts").glob("process*.jsonl")
+        parts = (tmp_path / "out.jsonl.parts").glob("*.jsonl")
         seen.append(sum(part.read_text().count("\n") for part in parts))
         assert not path.exists()
         return 2 * batch
@@ -178,7 +178,7 @@ def test_processes_meet_once(tmp_path):
 def test_a_killed_run_goes_on_with_any_number_of_processes(tmp_path, alone):
     with pytest.raises(AssertionError):
         run_job("predict_and_die", 2, tmp_path, dies_after=4)
-    parts = list((tmp_path / "out.jsonl.parts").glob("process*.jsonl"))
+    parts = list((tmp_path / "out.jsonl.parts").glob("*.jsonl"))
     n_done = sum(part.read_text().count("\n") for part in parts)
     assert n_done >= 12  # of process 1 alone
     assert not (tmp_path / "out.jsonl").exists()

@@ -17,7 +17,7 @@ from test_reproduction import tiny_config
 
 from mingpt.evaluation import evaluate
 from mingpt.experiments import pipeline, sweep
-from mingpt.experiments.sweep import Study, run_shard, run_study
+from mingpt.experiments.sweep import Study, run_packs, run_study
 from mingpt.trainer import AdapterTrainer
 
 N_KILLS = int(os.environ.get("N_KILLS", "8"))
@@ -39,7 +39,7 @@ def new_study(folder, run, **options):
 
 def test_a_table_does_not_depend_on_who_computes_it(run, tmp_path):
     one, three = new_study(tmp_path / "one", run, pack=3), new_study(tmp_path / "three", run, pack=3)
-    run_shard(one)
+    run_packs(one)
     one.write_tables()
     run_study(three, n_processes=3)
     table = (tmp_path / "one" / "results.csv").read_bytes()
@@ -49,7 +49,7 @@ def test_a_table_does_not_depend_on_who_computes_it(run, tmp_path):
 
 def test_submitit_gives_the_same_table(run, tmp_path):
     here, job = new_study(tmp_path / "here", run), new_study(tmp_path / "job", run)
-    run_shard(here)
+    run_packs(here)
     here.write_tables()
     run_study(job, n_processes=2, slurm={"cluster": "local", "timeout_min": 5})
     assert (here.folder / "results.csv").read_bytes() == (job.folder / "results.csv").read_bytes()
@@ -59,7 +59,7 @@ def test_submitit_gives_the_same_table(run, tmp_path):
 def test_a_pack_that_was_cut_off_is_not_trained_again(run, tmp_path, monkeypatch, n_written):
     """Its last state is there until all its results are."""
     whole, cut = new_study(tmp_path / "whole", run), new_study(tmp_path / "cut", run)
-    run_shard(whole)
+    run_packs(whole)
     whole.write_tables()
     write, written, steps = sweep.cached_json, [], []
 
@@ -71,13 +71,13 @@ def test_a_pack_that_was_cut_off_is_not_trained_again(run, tmp_path, monkeypatch
 
     monkeypatch.setattr(sweep, "cached_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_shard(cut)
+        run_packs(cut)
     assert len(cut.missing()) == 16 - n_written
     monkeypatch.setattr(sweep, "cached_json", write)
     step = AdapterTrainer._step
     monkeypatch.setattr(AdapterTrainer, "_step", lambda self, x, y: (steps.append(len(x)), step(self, x, y)))
     stamps = {path: path.stat().st_mtime_ns for path in written}
-    run_shard(cut)
+    run_packs(cut)
     cut.write_tables()
     assert steps == [4 * 8] * 3  # the other pack's, 8 cells of 4 rows
     assert {path: path.stat().st_mtime_ns for path in written} == stamps
@@ -91,13 +91,13 @@ def test_kills_at_random_moments_lose_no_cell_and_repeat_none(run, tmp_path):
     whole, cut = new_study(tmp_path / "whole", run, **options), new_study(tmp_path / "cut", run, **options)
     cut = replace(cut, prefix=cut.prefix | {"checkpoint_every": 2})
     whole = replace(whole, prefix=cut.prefix)
-    run_shard(whole)
+    run_packs(whole)
     whole.write_tables()
     context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(["mingpt.experiments.sweep"])
     stamps, n_cut = {}, 0
     while n_cut < N_KILLS and cut.missing():
-        process = context.Process(target=run_shard, args=[cut])
+        process = context.Process(target=run_packs, args=[cut])
         process.start()
         process.join(moments.uniform(0.3, 1.5))
         n_cut += process.is_alive()
@@ -107,7 +107,7 @@ def test_kills_at_random_moments_lose_no_cell_and_repeat_none(run, tmp_path):
         assert found.items() >= stamps.items()
         stamps = found
     assert n_cut > N_KILLS // 2
-    run_shard(cut)
+    run_packs(cut)
     cut.write_tables()
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (whole.folder / "results.csv").read_bytes() == (cut.folder / "results.csv").read_bytes()
@@ -115,11 +115,11 @@ def test_kills_at_random_moments_lose_no_cell_and_repeat_none(run, tmp_path):
 
 def test_a_larger_study_computes_only_what_is_new(run, tmp_path, monkeypatch):
     study = new_study(tmp_path / "study", run, methods=["key_value"])
-    run_shard(study)
+    run_packs(study)
     step, steps = AdapterTrainer._step, []
     monkeypatch.setattr(AdapterTrainer, "_step", lambda self, x, y: (steps.append(len(x)), step(self, x, y)))
     larger = new_study(tmp_path / "study", run, methods=["key_value"], seeds=[0, 1, 2])
-    run_shard(larger)
+    run_packs(larger)
     assert steps == [4 * 4] * 3  # two tasks and two rates with the third seed
     assert not larger.missing()
 
@@ -201,7 +201,7 @@ def test_a_search_chooses_on_validation_rows_and_scores_test_rows_once(run, tmp_
 def test_what_was_trained_is_kept_and_curves_say_how_it_got_there(run, tmp_path):
     prefix = {"batch_size": 4, "warmup_iters": 0, "validate_every": 2, "validation_rows": 10, "decay_fraction": 0.5}
     study = replace(new_study(tmp_path / "study", run, keep=True, max_iters=[7]), prefix=prefix)
-    run_shard(study)
+    run_packs(study)
     results = study.results().set_index(["method", "task", "seed", "learning_rate"])
     model, _ = sweep.read_model(run)
     for cell in study.cells:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mingpt import distributed
+from mingpt.storage import CheckpointError
 from mingpt.trainer import Trainer
-from mingpt.training.metrics import MetricsLogger
+from mingpt.training.metrics import MetricsLogger, read_metrics
 
 
 def new_config(tmp_path, **options):
@@ -67,3 +68,22 @@ def test_files_are_closed_after_an_exception(tmp_path):
     with pytest.raises(KeyboardInterrupt), MetricsLogger(config, 0) as logger:
         raise KeyboardInterrupt
     assert logger._file.closed
+
+
+def test_metrics_are_read_line_by_line(tmp_path):
+    """A line that is being written, or that a kill has cut, is left out."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iter": 10, "loss": 2.5}\n{"iter": 20, "loss": 1.25}\n{"iter": 30, "lo')
+    assert read_metrics(path) == read_metrics(str(path)) == [{"iter": 10, "loss": 2.5}, {"iter": 20, "loss": 1.25}]
+
+
+@pytest.mark.parametrize("line", [b'{"iter": 20, "lo', b"\xff", b"[" * 100_000, b"[1]", b'{"iter": NaN}', b"9" * 5000])
+def test_d9_a_bad_line_of_metrics_is_named_and_drops_nothing(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"iter": 10, "loss": 2.5}\n' + line + b'\n{"iter": 30, "loss": 2.0}\n'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: damaged, line 2"):
+        read_metrics(path)
+    with pytest.raises(CheckpointError, match="line 2"):
+        MetricsLogger(new_config(tmp_path, metrics_path=path), 30)
+    assert path.read_bytes() == content
