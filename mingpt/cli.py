@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import click
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from mingpt import distributed
 from mingpt.datasets import CustomDataset
@@ -37,7 +38,7 @@ from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
 from mingpt.storage.checkpoint import load_checkpoint
-from mingpt.storage.files import locked, write_atomic
+from mingpt.storage.files import locked, naming, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task
 from mingpt.trainer import DivergedError
@@ -77,6 +78,11 @@ def main() -> None:
             text += f" (see {error.ctx.command_path} --help)"
         _echo(f"error: {' '.join(text.splitlines())}", err=True)  # on the main process, also for another one's error
         sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        _echo(f"error: contact with another process is lost: {str(error).splitlines()[0]}", err=True)
+        sys.exit(1)
 
 
 def _stop(number: int, frame: object = None) -> NoReturn:
@@ -407,10 +413,13 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
         if _is_main():
             shutil.rmtree(folder / "all", ignore_errors=True)  # of an export that was cut off
             try:
-                huggingface.to_huggingface(model).save_pretrained(folder / "all" / "model")
-                for name, prefix in chosen.items():
-                    huggingface.export_peft(model, prefix, folder / "all" / name)
-                (folder / "all").rename(out)
+                with naming(folder):
+                    huggingface.to_huggingface(model).save_pretrained(folder / "all" / "model")
+                    for name, prefix in chosen.items():
+                        huggingface.export_peft(model, prefix, folder / "all" / name)
+                    (folder / "all").rename(out)
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
             finally:
                 shutil.rmtree(folder / "all", ignore_errors=True)
     _echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
@@ -489,8 +498,9 @@ def _answer(
     examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
     with locked(folder / ".lock", wait):
-        # An output with such a folder is of a command that was cut off before it could remove the folder.
-        if distributed.run_on_main(lambda: output.exists() and {path.name for path in folder.iterdir()} == {".lock"}):
+        if distributed.run_on_main(output.exists):
+            if _is_main():
+                shutil.rmtree(folder)  # of a command that was cut off when it had written the output
             raise ValueError(f"{output} exists; remove it or choose another file")
         outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
         metrics = multistep.evaluate(plan, examples, outputs)

@@ -6,7 +6,12 @@ A program that torchrun did not start is a job of one process; everything here w
 from __future__ import annotations
 
 import atexit
+import contextlib
+import itertools
 import os
+import sys
+import threading
+import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -14,8 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+
+SILENCE_S = 20.0
+"""After how many seconds without a sign of life a process is said to be silent."""
 
 
 class OtherProcessError(RuntimeError):
@@ -26,7 +35,8 @@ def init_process_group() -> None:
     """Join the job's other processes where torchrun started this one; a second call does nothing.
 
     Each process takes one GPU of its machine, in turn where there are fewer GPUs than processes. The environment
-    variable MINGPT_TIMEOUT_S says for how many seconds a process waits for the others, 1,800 by default.
+    variable MINGPT_TIMEOUT_S says for how many seconds a process waits for the others, 1,800 by default. Which process
+    has stopped is said after SILENCE_S seconds.
     """
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return
@@ -36,6 +46,46 @@ def init_process_group() -> None:
     timeout = timedelta(seconds=float(os.environ.get("MINGPT_TIMEOUT_S", "1800")))
     dist.init_process_group("cuda:nccl,cpu:gloo" if has_own_gpu else "gloo", timeout=timeout)
     atexit.register(dist.destroy_process_group)
+    heartbeat = _Heartbeat(distributed_c10d.PrefixStore("heartbeat", distributed_c10d._get_default_store()))
+    heartbeat.start()
+    atexit.register(heartbeat.stop)
+
+
+class _Heartbeat(threading.Thread):
+    """Gives a sign of life every few seconds, and says on standard error which other process gives none any more."""
+
+    def __init__(self, store: Any):
+        super().__init__(daemon=True)
+        self.store, self.is_over = store, threading.Event()
+
+    def run(self) -> None:
+        own, silent = dist.get_rank(), set()
+        seen: dict[int, tuple[bytes, float]] = {n: (b"", time.monotonic()) for n in range(dist.get_world_size())}
+        for number in itertools.count():
+            try:
+                self.store.set(str(own), str(number))
+                for other, (before, since) in seen.items():
+                    beat = self.store.get(str(other)) if self.store.check([str(other)]) else b""
+                    if beat != before or beat == b"over":
+                        seen[other] = beat, time.monotonic()
+                        silent.discard(other)
+                    elif other not in silent and time.monotonic() - since > SILENCE_S:
+                        silent.add(other)
+                        if silent >= set(range(own)):  # the first process that lives speaks
+                            seconds = os.environ.get("MINGPT_TIMEOUT_S", "1800")
+                            text = f"process {other} has given no sign of life for {SILENCE_S} s; it is waited for"
+                            print(f"{text} up to MINGPT_TIMEOUT_S = {seconds} s", file=sys.stderr, flush=True)
+            except RuntimeError:  # the store went with the process that has it
+                return
+            if self.is_over.wait(SILENCE_S / 5):
+                return
+
+    def stop(self) -> None:
+        """End, and let the others know that this process needs no sign of life any more."""
+        self.is_over.set()
+        self.join(5)
+        with contextlib.suppress(RuntimeError):
+            self.store.set(str(dist.get_rank()), "over")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

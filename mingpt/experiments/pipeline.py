@@ -14,11 +14,12 @@ a prefix or a fine-tuned model of other settings is made beside the one that is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from mingpt.distributed import resolve_device, run_on_main
 from mingpt.model import GPT
 from mingpt.prefix import AXES, Prefix, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
-from mingpt.storage.checkpoint import checksum, json_checksum, weights_hash
-from mingpt.storage.files import locked, write_atomic
+from mingpt.storage.checkpoint import checksum, json_checksum, key_difference, read_description, weights_hash
+from mingpt.storage.files import locked, parsing, write_atomic
 from mingpt.storage.weights import load_model, load_prefix, load_prefixes, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, DivergedError, Trainer, check_config, recipe
@@ -153,7 +154,9 @@ def _train_model(
 
     load = partial(load_model, device=resolve_device(config.trainer.device))
     model, description = cached(path, key, compute, load)
-    return model, description["metrics"]["seconds"]
+    _discard_state(path.with_name(folder))
+    with parsing(path, "a model with the seconds of its training"):
+        return model, float(description["metrics"]["seconds"])
 
 
 # --------------------------------------------------------------------------------- what is beside a frozen model
@@ -205,11 +208,11 @@ def train_prefixes(
     }
     paths = {task: beside(folder / f"{task}.safetensors", key) for task, key in keys.items()}
 
-    def missing() -> dict[str, CacheKey]:
-        return run_on_main(lambda: {task: key for task, key in keys.items() if not paths[task].exists()})
+    def missing() -> list[str]:
+        return run_on_main(lambda: [task for task in keys if not paths[task].exists()])
 
-    def train(own_keys: dict[str, CacheKey]) -> None:
-        training = folder / f"training-{json_checksum(own_keys)[:8]}"
+    def train(tasks: Sequence[str]) -> None:
+        training, own_keys = run_on_main(partial(_training_of, folder, keys, tasks))
         set_seed(config.seed + 1)
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
         initial = initial.detach().expand(len(data), *initial.shape[-len(AXES[kind]) :])
@@ -221,7 +224,7 @@ def train_prefixes(
         def save(metrics: dict[str, float]) -> None:
             final = trained.prefix().values.detach()
             for n, (task, key) in enumerate(own_keys.items()):
-                if not trainer.is_diverged[n]:
+                if task in tasks and not trainer.is_diverged[n]:
                     own = metrics | {"n_iters": int(trainer.n_iters[n]), "training": training.name}
                     prefix = Prefix(kind, final[n : n + 1])
                     save_prefix(paths[task], prefix, model, task=task, metrics=own, cache_key=key)
@@ -230,16 +233,39 @@ def train_prefixes(
 
     if missing():
         with locked(Path(run) / ".lock"):
-            if own_keys := missing():  # another process may have been faster
-                train(own_keys)
+            if tasks_to_train := missing():  # another process may have been faster
+                train(tasks_to_train)
     load = partial(load_prefix, model=model, model_hash=model_hash)
     found = {task: cached(paths[task], key, lambda: None, load) for task, key in keys.items()}
-    own_metrics = {task: description["metrics"] for task, (_, description) in found.items()}
+    own_metrics: dict[str, dict[str, Any]] = {}
+    for task, (_, description) in found.items():
+        with parsing(paths[task], "a prefix with the metrics of its training"):
+            own_metrics[task] = {
+                name: description["metrics"][name] for name in ("loss", "seconds", "n_iters", "training")
+            }
     if metrics is not None:
         metrics |= own_metrics
     # The prefixes of one training share its time.
     seconds = {each["training"]: each["seconds"] for each in own_metrics.values()}
+    for training in seconds:
+        _discard_state(folder / training)
     return {task: prefix for task, (prefix, _) in found.items()}, sum(seconds.values())
+
+
+def _training_of(
+    folder: Path, keys: Mapping[str, CacheKey], missing: Sequence[str]
+) -> tuple[Path, dict[str, CacheKey]]:
+    """The folder of the training of the prefixes that are missing, and the cache keys of all that it trains.
+
+    One that was cut off when it had saved some of its prefixes goes on, so that the others become the same.
+    """
+    for state in sorted(folder.glob("training-*/state.safetensors")):
+        found = read_description(state).get("cache_key", {}).get("prefixes", {})
+        own_keys = {task: key for task, key in keys.items() if task in found}
+        if own_keys.keys() == found.keys() >= set(missing) and not key_difference(found, own_keys):
+            return state.parent, own_keys
+    own_keys = {task: keys[task] for task in missing}
+    return folder / f"training-{json_checksum(own_keys)[:8]}", own_keys
 
 
 def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:
@@ -295,6 +321,12 @@ def _train(trainer: Trainer, cache_key: CacheKey, save: Callable[..., None]) -> 
         error = raised
     loss = trainer.loss.item()
     save(metrics={"loss": loss if math.isfinite(loss) else None, "seconds": trainer.seconds})
-    run_on_main(lambda: path.unlink(missing_ok=True))
+    _discard_state(path.parent)
     if error:
         raise error
+
+
+def _discard_state(folder: Path) -> None:
+    """Remove the state of a training whose result is there; it may be gone, and where it must stay it does no harm."""
+    with contextlib.suppress(OSError):
+        run_on_main(lambda: (folder / "state.safetensors").unlink(missing_ok=True))

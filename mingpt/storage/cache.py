@@ -79,7 +79,7 @@ def beside(path: Path, cache_key: CacheKey) -> Path:
         if not path.exists():
             return path
         found = (read_json(path) if path.suffix == ".json" else checkpoint.read_description(path)).get("cache_key")
-        if not checkpoint.first_difference(found or {}, json.loads(json.dumps(cache_key)), ""):
+        if not checkpoint.key_difference(found, cache_key):
             return path
         return path.with_name(f"{path.stem}-{checkpoint.json_checksum(cache_key)[:8]}{path.suffix}")
 

@@ -36,6 +36,11 @@ def first_difference(old: Any, new: Any, name: str) -> tuple[str, Any, Any] | No
     return next(filter(None, differences), None)
 
 
+def key_difference(found: Mapping[str, Any] | None, expected: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """``first_difference`` of what a file says of itself, None where it says nothing, and what is asked for."""
+    return first_difference(found or {}, json.loads(json.dumps(expected)), "")
+
+
 def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write tensors and what they are. All processes of a job must get here; the main one writes.
 
@@ -126,7 +131,7 @@ def verify(path: str | Path, found: Mapping[str, Any] | None, expected: Mapping[
     Raises:
         CheckpointError: naming the file, the first field that differs, both values, and what to do.
     """
-    difference = first_difference(found or {}, json.loads(json.dumps(expected)), "")
+    difference = key_difference(found, expected)
     if difference:
         name, old, new = difference
         raise CheckpointError(

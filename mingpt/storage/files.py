@@ -215,12 +215,17 @@ def _acquire(file: Path, wait: bool) -> int | None:
             pass
         os.close(descriptor)
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
-    owner = f"process {os.getpid()} on {_HOST} since {datetime.now():%Y-%m-%d %H:%M:%S}: {command}"
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, owner.encode())
-    for path in file.parent.rglob(f".*-*-{glob.escape(_HOST)}.tmp"):
-        if not _is_running(path.name[1:].partition("-")[0]):
-            path.unlink(missing_ok=True)
+    try:
+        owner = f"process {os.getpid()} on {_HOST} since {datetime.now():%Y-%m-%d %H:%M:%S}: {command}"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, owner.encode())
+        for path in file.parent.rglob(f".*-*-{glob.escape(_HOST)}.tmp"):
+            if not _is_running(path.name[1:].partition("-")[0]):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise OSError(error.errno, error.strerror, str(file)) from None
     return descriptor
 
 
