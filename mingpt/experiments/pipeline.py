@@ -284,9 +284,14 @@ def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Pref
         ValueError: if the model was saved without saying what data it was trained on.
     """
     model, description = load_model(Path(run) / "model.safetensors", resolve_device(device))
-    data = description.get("cache_key", {}).get("data")
-    if data is None:
-        raise ValueError(f"{run}/model.safetensors was saved without a description of its data; pretrain it as a run")
+    with parsing(Path(run) / "model.safetensors", "a description of the model's data"):
+        data = description.get("cache_key", {}).get("data")
+        if data is None:
+            raise ValueError("it was saved without one; pretrain it as a run")
+        sizes = {name: data[name] for name in ("length", "num_digits", "prefix_padding", "seed")}
+        CustomDataset("test", [Task.parse(name) for name in data["tasks"]], **sizes).check_fits(
+            model.config.vocab_size, model.config.block_size
+        )
     return model, load_prefixes(Path(run) / "prefixes", model), description | {"data": data}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mingpt.storage.checkpoint import json_checksum
-from mingpt.storage.files import read_json
+from mingpt.storage.files import parsing, read_json
 from mingpt.trainer import Trainer, recipe
 from mingpt.utils import CfgNode, nearest
 
@@ -50,8 +51,9 @@ def run_config(
     for name, asked in (("preset", preset), ("seed", seed)):
         if asked is not None and saved.get(name, asked) != asked:
             raise ValueError(f"{run} is a run of {name} {saved[name]!r}, not {asked!r}; choose another folder for it")
-    config = get_default_config(preset or saved.get("preset", "laptop"))
-    config.update_from(saved, str(path))
+    with parsing(path, "the settings of a run") if saved else contextlib.nullcontext():
+        config = get_default_config(preset or saved.get("preset", "laptop"))
+        config.update_from(saved, "it")
     config.seed = config.seed if seed is None else seed
     config.merge_from_args([f"--{override}" for override in overrides])
     return config

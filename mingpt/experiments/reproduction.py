@@ -27,7 +27,7 @@ from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
-from mingpt.storage.files import write_atomic
+from mingpt.storage.files import parsing, write_atomic
 from mingpt.tasks import PRETRAINING_TASKS, Task
 from mingpt.training.metrics import read_metrics
 from mingpt.utils import CfgNode
@@ -113,8 +113,18 @@ def reproduce(config: CfgNode, run: str | Path, tasks: Sequence[Task] | None = N
         if not (is_done and last.exists()):
             draw_figures(config, run, model, prefixes["key_value"], results)
 
-    results = cached_json(path, key, compute)
+    results = check_results(cached_json(path, key, compute), path)
     distributed.run_on_main(draw)
+    return results
+
+
+def check_results(results: Any, path: Path) -> dict[str, Any]:
+    """The results that were read from a file, if they can be shown; a CheckpointError names it otherwise."""
+    with parsing(path, "results of 'reproduce'"):
+        format_table(results)
+        for kind in KINDS:
+            if not results["curves"][kind].keys() >= results["tasks"].keys():
+                raise ValueError(f"no curves of some {kind} prefixes")
     return results
 
 

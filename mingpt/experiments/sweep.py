@@ -114,7 +114,7 @@ class Study:
             ValueError: naming the file and what is wrong in it.
         """
         path = Path(path)
-        try:
+        with parsing(path, "a study"):
             found: dict[str, Any] = {"folder": path.with_suffix("")}
             found |= json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
             known = [each.name for each in fields(cls)]
@@ -122,8 +122,6 @@ class Study:
                 raise ValueError(f"unknown key {key!r}{nearest(key, known)}; the keys are {', '.join(known[1:])}")
             study = cls(**found)
             study.keys  # noqa: B018  (finds the mistakes in the grid)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
         return study
 
     @cached_property

@@ -130,8 +130,9 @@ def parsing(path: str | Path, what: str) -> Iterator[None]:
     except (CheckpointError, OSError):
         raise
     except Exception as error:
-        text = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise CheckpointError(f"{path}: damaged, it does not hold {what} ({text})") from None
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        text = textwrap.shorten(text, 300, placeholder=" ...")
+        raise CheckpointError(f"{path}: it does not hold {what}: {text}") from None
 
 
 def read_json_lines(path: str | Path) -> list[Any]:

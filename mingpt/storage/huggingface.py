@@ -16,7 +16,8 @@ from mingpt.adapters.lora import IA3, DoRA, LowRank, VeRA
 from mingpt.adapters.prefixes import Cartridge
 from mingpt.model import GPT, TRANSPOSED
 from mingpt.prefix import Prefix, as_key_value
-from mingpt.storage.checkpoint import load_weights
+from mingpt.storage.checkpoint import check_finite, load_weights
+from mingpt.storage.files import parsing
 
 _ROOT = "base_model.model."  # before the names of a model's tensors in PEFT's files
 _COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM", "inference_mode": True}
@@ -121,31 +122,43 @@ def import_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
     Raises:
         ValueError: if it is another kind of adapter, or for another size of model.
     """
+    with parsing(folder, "an adapter of PEFT for this model"):
+        return _read_peft(folder, model)
+
+
+def _read_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
     import peft
 
     config: Any = peft.PeftConfig.from_pretrained(str(folder))
     weights = peft.load_peft_weights(str(folder), device="cpu")
     if config.peft_type == peft.PeftType.PREFIX_TUNING:
         if config.prefix_projection:
-            raise ValueError(f"{folder}: a prefix with prefix_projection is not supported, only its keys and values")
+            raise ValueError("a prefix with prefix_projection is not supported, only its keys and values")
         table = weights["prompt_embeddings"]  # (P, L * 2 * C)
         n_layer, n_embd = model.config.n_layer, model.config.n_embd
-        if table.shape[1] != 2 * n_layer * n_embd:
+        if table.ndim != 2 or table.shape[1] != 2 * n_layer * n_embd:
             raise ValueError(
-                f"{folder} has {table.shape[1]} numbers a position, a model of {n_layer} layers and {n_embd} channels "
-                f"needs {2 * n_layer * n_embd}"
+                f"its shape is {tuple(table.shape)}, a model of {n_layer} layers and {n_embd} channels needs "
+                f"{2 * n_layer * n_embd} numbers a position"
             )
         values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
+        check_finite(weights, folder)
         return Prefix("key_value", values[None].contiguous().to(model.device))
     if config.peft_type == peft.PeftType.LORA:
         names = {name.removeprefix(_ROOT).rpartition(".lora_")[0] for name in weights}
         is_linear = names <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern or not is_linear:
-            raise ValueError(f"{folder}: only a plain LoRA of linear layers is supported, with one rank and alpha")
+            raise ValueError("only a plain LoRA of linear layers is supported, with one rank and alpha")
+        if {config.r} != {len(each) for name, each in weights.items() if "lora_A" in name}:
+            raise ValueError(f"the weights are not of rank {config.r}")
         lora = LoRA(model, config.r, sorted(names), config.lora_alpha)
-        load_weights(lora, {name: weights[theirs][None] for name, theirs in _peft_names(lora).items()}, folder)
+        try:
+            load_weights(lora, {name: weights[theirs][None] for name, theirs in _peft_names(lora).items()}, folder)
+        except Exception:
+            lora.detach()
+            raise
         return lora
-    raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
+    raise ValueError(f"an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
 
 
 def _peft_names(lora: LowRank) -> dict[str, str]:
