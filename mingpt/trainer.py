@@ -583,8 +583,13 @@ class AdapterTrainer(Trainer):
             shares = (torch.tensor(rates, device=self.device) / common).clamp(min=0)
             with torch.no_grad():
                 for tensor, old in zip(tensors, before, strict=True):
-                    own, is_kept = (each.view(-1, *[1] * (tensor.ndim - 1)) for each in (shares, self._is_bad))
-                    tensor.copy_(torch.where(is_kept, old, old.lerp(tensor, own)))
+                    axes = [-1, *[1] * (tensor.ndim - 1)]
+                    new = old.lerp(tensor, shares.view(axes))
+                    self._is_bad |= ~torch.isfinite(new).flatten(1).all(dim=1)
+                    tensor.copy_(torch.where(self._is_bad.view(axes), old, new))
+            if self._looks():
+                is_new = self._is_bad.cpu() & ~self.is_diverged
+                self.n_iters[is_new], self.is_diverged[is_new] = self.iter_num, True
         if self.config.validate_every and (self.iter_num + 1) % self.config.validate_every == 0:
             self._validate()
 
@@ -614,9 +619,6 @@ class AdapterTrainer(Trainer):
         gradients = [tensor.grad for tensor in self.trainable_parameters() if tensor.grad is not None]
         norms = torch.stack([each.reshape(self._n_adapters, -1).norm(dim=1) for each in gradients]).norm(dim=0)
         n_learning, self._is_bad = len(self._numbers), self._is_bad | ~torch.isfinite(norms)
-        if self._looks():
-            is_new = self._is_bad.cpu() & ~self.is_diverged
-            self.n_iters[is_new], self.is_diverged[is_new] = self.iter_num, True
         scale = n_learning * (self.config.grad_norm_clip / (n_learning * norms + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient *= scale.view(-1, *[1] * (gradient.ndim - 1))

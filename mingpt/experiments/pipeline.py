@@ -287,7 +287,7 @@ def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Pref
     with parsing(Path(run) / "model.safetensors", "a description of the model's data"):
         data = description.get("cache_key", {}).get("data")
         if data is None:
-            raise ValueError("it was saved without one; pretrain it as a run")
+            raise ValueError("it was saved without a description of its data; pretrain it as a run")
         sizes = {name: data[name] for name in ("length", "num_digits", "prefix_padding", "seed")}
         CustomDataset("test", [Task.parse(name) for name in data["tasks"]], **sizes).check_fits(
             model.config.vocab_size, model.config.block_size
