@@ -71,8 +71,13 @@ def one_layer_iterations() -> None:
 
 def double_histogram() -> None:
     results = read("double_histogram/results")
-    seed_dots(results, "method", "task", "10,000 iterations").savefig(DOCS / "double_histogram.png", dpi=150)
+    order = results.groupby("method")["loss"].mean().sort_values().index
+    results = results.set_index("method").loc[order].reset_index()
+    for value, name in (("accuracy", "double_histogram"), ("loss", "double_histogram_loss")):
+        figure = seed_dots(results, "method", "task", "10,000 iterations", value)
+        figure.savefig(DOCS / f"{name}.png", dpi=150)
     print(spread(results, ["method", "n_parameters", "learning_rate"], "task"))
+    print(results.groupby("method", sort=False)["loss"].agg(["mean", "std"]).round(3))
 
 
 def length() -> None:

@@ -47,7 +47,8 @@ def seed_dots(
     for place, ax in enumerate(grid.flat):
         ax.set_visible(place < len(tasks))
         ax.tick_params(labelbottom=place + n_columns >= len(tasks))  # the lowest of its column
-    figure.supxlabel(f"{_label(value)}; a dot is a seed, a bar their mean", fontsize=9)
+    text = f"{_label(value)}; a dot is a seed, a bar their mean"
+    figure.supxlabel(text.replace("; ", "\n") if n_columns == 1 else text, fontsize=9)
     return figure
 
 
