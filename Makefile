@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: reproduce test check notebooks bench clean
+.PHONY: reproduce test torture check notebooks bench clean
 
 reproduce: $(VENV)/.installed  ## the whole experiment, into runs/laptop
 	$(BIN)/mingpt reproduce
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.installed-dev  ## every fault, signal and hostile file of docs/promises.md, in an hour; needs a C compiler
+	TORTURE=all $(BIN)/python -m pytest tests/torture
 
 check: $(VENV)/.installed-dev  ## what CI checks: format, lint, types, tests
 	$(BIN)/ruff format --check .

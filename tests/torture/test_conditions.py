@@ -1,4 +1,4 @@
-"""Odd places: read-only, deleted, moved or linked folders, odd names, a full disk, a closed standard output."""
+"""Odd conditions: read-only, deleted, moved or linked folders, odd names, a full disk, a closed standard output."""
 
 from __future__ import annotations
 
