@@ -56,11 +56,11 @@ def main() -> None:
 
     A mistake gives one line and exit code 2, a training that diverges 1, a signal to stop 128 and its number.
     """
-    logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
     try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _stop)
+        logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
     except (click.Abort, KeyboardInterrupt):
         _stop(signal.SIGINT)

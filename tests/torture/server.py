@@ -66,6 +66,10 @@ def child(job: dict, files: list[io.BufferedRandom], count: ctypes.c_long) -> in
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:  # before the command has begun
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
     except BaseException:
         traceback.print_exc()
         code = 1
