@@ -52,6 +52,21 @@ def methods() -> None:
     )
 
 
+def methods_longer() -> None:
+    results = pd.concat([read("methods/results"), read("methods_longer/results")])
+    results = results[results["task"].isin(read("methods_longer/results")["task"])]
+    longest = results[results["max_iters"] == results["max_iters"].max()]
+    order = longest.groupby("method")["accuracy"].mean().sort_values(ascending=False).index
+    longest = longest.set_index("method").loc[order].reset_index()
+    title = "The four hard tasks, at most 2,500 iterations of 16 rows"
+    seed_dots(longest, "method", "task", title).savefig(DOCS / "methods_longer.png", dpi=150)
+    print(spread(longest, "method", "task"))
+    ends = longest.assign(is_at_plateau=longest["n_iters"] < longest["max_iters"])
+    print(markdown(ends.pivot_table("is_at_plateau", "method", "task", aggfunc="sum", sort=False).reset_index()))
+    seconds = longest.merge(read("methods_longer/seconds")).groupby("method", sort=False)[["n_iters", "seconds"]].mean()
+    print(markdown(seconds.round(1).reset_index()))
+
+
 def one_layer() -> None:
     results = chosen(read("one_layer/results"), "method", "size", "task")
     results["method and size"] = results["method"] + " " + results["size"].astype(str)
@@ -122,7 +137,17 @@ def main() -> None:
     DOCS.mkdir(parents=True, exist_ok=True)
     known = {
         each.__name__: each
-        for each in (methods, one_layer, one_layer_iterations, double_histogram, length, controls, keys, inits)
+        for each in (
+            methods,
+            methods_longer,
+            one_layer,
+            one_layer_iterations,
+            double_histogram,
+            length,
+            controls,
+            keys,
+            inits,
+        )
     }
     for name in sys.argv[1:] or known:
         print(f"\n## {name}\n")

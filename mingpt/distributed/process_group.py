@@ -46,6 +46,10 @@ def init_process_group() -> None:
     timeout = timedelta(seconds=float(os.environ.get("MINGPT_TIMEOUT_S", "1800")))
     dist.init_process_group("cuda:nccl,cpu:gloo" if has_own_gpu else "gloo", timeout=timeout)
     atexit.register(dist.destroy_process_group)
+    _start_heartbeat()
+
+
+def _start_heartbeat() -> None:
     heartbeat = _Heartbeat(distributed_c10d.PrefixStore("heartbeat", distributed_c10d._get_default_store()))
     heartbeat.start()
     atexit.register(heartbeat.stop)

@@ -64,6 +64,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr(process_group.dist, "init_process_group", lambda kind, timeout: joined.append(kind))
         monkeypatch.setattr(process_group.atexit, "register", lambda _: None)
+        monkeypatch.setattr(process_group, "_start_heartbeat", lambda: None)
         if local_rank is not None:
             settings = {"RANK": 5, "WORLD_SIZE": 8, "MASTER_ADDR": "here", "LOCAL_RANK": local_rank}
             for name, value in {**settings, "LOCAL_WORLD_SIZE": n_local}.items():

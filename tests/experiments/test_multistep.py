@@ -133,7 +133,7 @@ def test_a_killed_plan_goes_on_with_what_is_missing(tmp_path, alone):
     folder = tmp_path / "plan"
     assert (folder / "first.json").exists()
     assert not (folder / "second.json").exists()
-    n_done = sum(part.read_text().count("\n") for part in (folder / "second.partial.jsonl.parts").glob("process*"))
+    n_done = sum(part.read_text().count("\n") for part in (folder / "second.partial.jsonl.parts").glob("*.jsonl"))
     assert n_done >= 4
     results = run_job("three_steps", 2, tmp_path)
     assert [name for name, _ in results[0]["calls"]] == ["first", "second", "third"]

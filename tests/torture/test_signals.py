@@ -62,7 +62,7 @@ def test_two_processes_stop_together(bench, tmp_path):
                 assert process.poll() is None
                 time.sleep(0.05)
             process.terminate()
-        text, _ = process.communicate(timeout=120)
+        text, _ = process.communicate(timeout=600)
         return process.returncode, text
 
     assert run(folder)[0] == 0
