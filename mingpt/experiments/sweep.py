@@ -39,7 +39,7 @@ from mingpt.experiments.presets import get_default_config, run_config
 from mingpt.model import GPT
 from mingpt.storage.cache import cached_json, read_cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
-from mingpt.storage.files import LockedError, locked, parsing, read_json, write_atomic
+from mingpt.storage.files import LockedError, locked, parsing, read_json, remove_temporaries, write_atomic
 from mingpt.storage.weights import load_adapter, load_model, save_adapter
 from mingpt.tasks import TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, DivergedError, recipe
@@ -205,6 +205,10 @@ class Study:
         """The file of the training of some cells in one batch, while it goes on."""
         return self.folder / "packs" / f"{json_checksum([self.keys[cell] for cell in cells])[:16]}.safetensors"
 
+    def lock(self, cells: Sequence[Cell]) -> Path:
+        """The file of the lock that who computes these cells holds."""
+        return self.state(cells).with_suffix(".lock")
+
     def adapter(self, cell: Cell) -> Adapter:
         """What a cell has trained, for ``read_model(cell.run)``.
 
@@ -297,12 +301,15 @@ def read_model(run: str) -> tuple[GPT, str]:
 
 def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     """Train what is missing of a pack in one batch, score it and write it. A pack that was cut off goes on."""
-    missing = [cell for cell in cells if not study.is_done(cell)]
+    missing, lock = [cell for cell in cells if not study.is_done(cell)], study.lock(cells)
     if not missing:
+        study.state(cells).unlink(missing_ok=True)  # of one that was cut off when it had written all results
         return
     if not study.state(cells).exists():  # else it was cut off while its results were written
         cells = missing
     state = study.state(cells)
+    for cell in cells:
+        remove_temporaries(study.paths[cell].parent)
     torch.set_num_threads(1)
     model, config = read_model(cells[0].run)[0], study.config(cells[0].run, 0)
     data = {cell: study.data(cell) for cell in cells}
@@ -338,15 +345,16 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     for number, cell in enumerate(cells):
         if study.keep:
             save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, data[cell], number)
-        cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell))
+        cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell), lock)
     state.unlink(missing_ok=True)
 
 
 def run_packs(study: Study) -> None:
     """Compute what is missing of a study, but for the packs that other processes are computing."""
     for cells in study.packs:
-        if not all(map(study.is_done, cells)):
-            with contextlib.suppress(LockedError), locked(study.state(cells).with_suffix(".lock")):
+        is_left = study.state(cells).exists() or study.lock(cells).exists()
+        if is_left or not all(map(study.is_done, cells)):
+            with contextlib.suppress(LockedError), locked(study.lock(cells)):
                 run_pack(study, cells)
 
 

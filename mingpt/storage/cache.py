@@ -26,16 +26,18 @@ def cached(
     cache_key: CacheKey,
     compute: Callable[[], None],
     load: Callable[[Path], tuple[T, dict[str, Any]]],
+    lock: Path | None = None,
 ) -> tuple[T, dict[str, Any]]:
     """Read a result, after computing it where its file is missing. All processes must get here.
 
-    While it computes, it holds the lock of the folder.
+    While it computes, it holds a lock.
 
     Args:
         path: the file of the result.
         cache_key: what the result is a function of.
         compute: computes the result and leaves the file.
         load: reads the file: the value, and a description that has its "cache_key".
+        lock: the file of the lock, that of the result's folder by default.
 
     Returns:
         The value as it was read, also where it was computed just now, and the description.
@@ -45,7 +47,7 @@ def cached(
         LockedError: if it is missing, and another process writes into the folder.
     """
     if not run_on_main(path.exists):
-        with locked(path.with_name(".lock")):
+        with locked(lock or path.with_name(".lock")):
             if not run_on_main(path.exists):  # another process may have been faster
                 compute()
     value, description = load(path)
@@ -53,7 +55,7 @@ def cached(
     return value, description
 
 
-def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any]) -> Any:
+def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any], lock: Path | None = None) -> Any:
     """Compute a JSON value and write it to a file with its cache key, or read it where that is done."""
     path = Path(path)
 
@@ -66,7 +68,7 @@ def cached_json(path: str | Path, cache_key: CacheKey, compute: Callable[[], Any
         found = read_cached_json(path)
         return found["value"], found
 
-    return cached(path, cache_key, write, load)[0]
+    return cached(path, cache_key, write, load, lock)[0]
 
 
 def beside(path: Path, cache_key: CacheKey) -> Path:

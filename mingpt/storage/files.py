@@ -220,14 +220,19 @@ def _acquire(file: Path, wait: bool) -> int | None:
         owner = f"process {os.getpid()} on {_HOST} since {datetime.now():%Y-%m-%d %H:%M:%S}: {command}"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner.encode())
-        for path in file.parent.rglob(f".*-*-{glob.escape(_HOST)}.tmp"):
-            if not _is_running(path.name[1:].partition("-")[0]):
-                path.unlink(missing_ok=True)
+        remove_temporaries(file.parent)
     except OSError as error:
         file.unlink(missing_ok=True)
         os.close(descriptor)
         raise OSError(error.errno, error.strerror, str(file)) from None
     return descriptor
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the files that processes of this machine, which are no more, have left half written in a folder."""
+    for path in folder.rglob(f".*-*-{glob.escape(_HOST)}.tmp"):
+        if not _is_running(path.name[1:].partition("-")[0]):
+            path.unlink(missing_ok=True)
 
 
 def _is_running(process: str) -> bool:
