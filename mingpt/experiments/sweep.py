@@ -39,7 +39,7 @@ from mingpt.experiments.presets import get_default_config, run_config
 from mingpt.model import GPT
 from mingpt.storage.cache import cached_json, read_cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
-from mingpt.storage.files import LockedError, locked, parsing, read_json, remove_temporaries, write_atomic
+from mingpt.storage.files import LockedError, locked, parsing, read_json, write_atomic
 from mingpt.storage.weights import load_adapter, load_model, save_adapter
 from mingpt.tasks import TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, DivergedError, recipe
@@ -308,8 +308,6 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
     if not study.state(cells).exists():  # else it was cut off while its results were written
         cells = missing
     state = study.state(cells)
-    for cell in cells:
-        remove_temporaries(study.paths[cell].parent)
     torch.set_num_threads(1)
     model, config = read_model(cells[0].run)[0], study.config(cells[0].run, 0)
     data = {cell: study.data(cell) for cell in cells}

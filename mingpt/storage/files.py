@@ -45,7 +45,8 @@ class LockedError(OSError):
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, finds either all of it or what was there before.
 
-    Where the path is a symbolic link, it is the file behind it that is replaced.
+    Where the path is a symbolic link, it is the file behind it that is replaced. What processes that are no more have
+    left half written beside it is removed.
 
     Raises:
         OSError: naming the file, if it cannot be written, or if the folder of a lock that this process holds is gone.
@@ -59,6 +60,9 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{_HOST}.tmp")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".*-*-{glob.escape(_HOST)}.tmp"):
+            if not _is_running(left.name[1:].partition("-")[0]):
+                left.unlink(missing_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -159,7 +163,7 @@ def locked(file: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock while something is written; all processes of a job must get here, and the main one holds it.
 
     The system gives a lock back when its process ends, however it ends. One that this process holds already is no
-    obstacle. What a process that was killed has left of a file half written in the lock's folder is removed.
+    obstacle.
 
     Args:
         file: the lock's, which is there as long as it is held, by custom ``<folder>/.lock``.
@@ -220,19 +224,11 @@ def _acquire(file: Path, wait: bool) -> int | None:
         owner = f"process {os.getpid()} on {_HOST} since {datetime.now():%Y-%m-%d %H:%M:%S}: {command}"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, owner.encode())
-        remove_temporaries(file.parent)
     except OSError as error:
         file.unlink(missing_ok=True)
         os.close(descriptor)
         raise OSError(error.errno, error.strerror, str(file)) from None
     return descriptor
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove the files that processes of this machine, which are no more, have left half written in a folder."""
-    for path in folder.rglob(f".*-*-{glob.escape(_HOST)}.tmp"):
-        if not _is_running(path.name[1:].partition("-")[0]):
-            path.unlink(missing_ok=True)
 
 
 def _is_running(process: str) -> bool:
