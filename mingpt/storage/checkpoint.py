@@ -59,9 +59,8 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], description
         header = {
             "format": FORMAT,
             "versions": {"mingpt": mingpt.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "description": json.loads(
-                json.dumps(description, allow_nan=False)
-            ),  # as it will be read: with strings as keys, and lists
+            # As it will be read: with strings as keys, and lists.
+            "description": json.loads(json.dumps(description, allow_nan=False)),
         }
         header["checksum"] = checksum(own, header)
         write_atomic(path, save(own, metadata={_HEADER: json.dumps(header)}))

@@ -107,7 +107,7 @@ def test_what_cannot_be_written_can_be_read(bench, tmp_path):
 
 
 def test_a_full_disk(bench, tmp_path):
-    """On a disk of 100 kB the command says which file does not fit; with room, the same command goes on."""
+    """On a disk of 64 kB the command says which file does not fit; with room, the same command goes on."""
     folder = bench.fresh("pretrain")
     (folder / "run").mkdir()
     size = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder / "run")]
