@@ -332,6 +332,10 @@ class Trainer:
                 state if config.checkpoint_path else "nothing is saved, as there is no checkpoint_path",
             )
             signal.raise_signal(stop_signal)
+            if (
+                not self.is_finished()
+            ):  # a handler let the process live; what is half trained must not be taken for done
+                raise SystemExit(128 + stop_signal)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         factor = learning_rate_factor(self.iter_num, self.config)

@@ -33,7 +33,7 @@ from mingpt.model import GPT
 from mingpt.prefix import AXES, Prefix, initial_prefix
 from mingpt.storage.cache import CacheKey, beside, cached
 from mingpt.storage.checkpoint import checksum, json_checksum, key_difference, read_description, weights_hash
-from mingpt.storage.files import locked, parsing, write_atomic
+from mingpt.storage.files import parsing, write_atomic
 from mingpt.storage.weights import load_model, load_prefix, load_prefixes, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, DivergedError, Trainer, check_config, recipe
@@ -208,11 +208,9 @@ def train_prefixes(
     }
     paths = {task: beside(folder / f"{task}.safetensors", key) for task, key in keys.items()}
 
-    def missing() -> list[str]:
-        return run_on_main(lambda: [task for task in keys if not paths[task].exists()])
-
-    def train(tasks: Sequence[str]) -> None:
-        training, own_keys = run_on_main(partial(_training_of, folder, keys, tasks))
+    def train() -> None:
+        missing = run_on_main(lambda: [task for task in keys if not paths[task].exists()])
+        training, own_keys = run_on_main(partial(_training_of, folder, keys, missing))
         set_seed(config.seed + 1)
         initial = init if isinstance(init, Tensor) else initial_prefix(model, size, init, kind=kind)
         initial = initial.detach().expand(len(data), *initial.shape[-len(AXES[kind]) :])
@@ -224,19 +222,16 @@ def train_prefixes(
         def save(metrics: dict[str, float]) -> None:
             final = trained.prefix().values.detach()
             for n, (task, key) in enumerate(own_keys.items()):
-                if task in tasks and not trainer.is_diverged[n]:
+                if task in missing and not trainer.is_diverged[n]:
                     own = metrics | {"n_iters": int(trainer.n_iters[n]), "training": training.name}
                     prefix = Prefix(kind, final[n : n + 1])
                     save_prefix(paths[task], prefix, model, task=task, metrics=own, cache_key=key)
 
         _train(trainer, {"prefixes": own_keys}, save)
 
-    if missing():
-        with locked(Path(run) / ".lock"):
-            if tasks_to_train := missing():  # another process may have been faster
-                train(tasks_to_train)
-    load = partial(load_prefix, model=model, model_hash=model_hash)
-    found = {task: cached(paths[task], key, lambda: None, load) for task, key in keys.items()}
+    # The first one that is missing has all trained that are.
+    load, lock = partial(load_prefix, model=model, model_hash=model_hash), Path(run) / ".lock"
+    found = {task: cached(paths[task], key, train, load, lock) for task, key in keys.items()}
     own_metrics: dict[str, dict[str, Any]] = {}
     for task, (_, description) in found.items():
         with parsing(paths[task], "a prefix with the metrics of its training"):
