@@ -40,6 +40,8 @@ def init_process_group() -> None:
     """
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return
+    import torch.distributed.nn  # imported later, it keeps the group of then for ever, and gloo's threads abort at exit
+
     if gpus := _gpus():
         torch.cuda.set_device(torch.device(gpus[0]))
     has_own_gpu = len(gpus) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL refuses two processes on one GPU

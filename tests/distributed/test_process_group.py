@@ -176,6 +176,27 @@ def test_torchrun_reproduces(tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_runs_any_more_when_the_interpreter_ends(tmp_path):
+    """A thread of gloo that is left then aborts the process, now and then, after all is done."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import atexit\n"
+        "from pathlib import Path\n"
+        "def print_threads():\n"
+        "    print(sorted(path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')))\n"
+        "atexit.register(print_threads)\n"  # before all others, so it is called after them
+        "from mingpt import distributed\n"
+        "distributed.rank()\n"
+        "import torch._dynamo\n"  # as torch does by itself, later than the group
+        "distributed.all_gather(1)\n"
+    )
+    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("python") >= 2
+    assert "gloo" not in done.stdout
+
+
+@pytest.mark.slow
 def test_torchrun_predicts_what_one_process_predicts(tmp_path):
     from mingpt.datasets import CustomDataset
     from mingpt.prefix import initial_prefix
