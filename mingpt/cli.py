@@ -38,7 +38,7 @@ from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
 from mingpt.storage.checkpoint import load_checkpoint
-from mingpt.storage.files import locked, naming, write_atomic
+from mingpt.storage.files import locked, naming, scratch_folder, write_atomic
 from mingpt.storage.runs import default_run, list_runs, run_status
 from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task
 from mingpt.trainer import DivergedError
@@ -497,19 +497,16 @@ def _answer(
     length, vocab_size = plan.steps[0].max_new_tokens, plan.model.config.vocab_size
     examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
-    with locked(folder / ".lock", wait):
-        if distributed.run_on_main(output.exists):
+    with scratch_folder(folder, wait):
+        if not distributed.run_on_main(output.exists):  # else what is in the folder is of a command that was cut off
+            outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
+            metrics = multistep.evaluate(plan, examples, outputs)
+            columns = list(outputs.values())
+            chains = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)]
             if _is_main():
-                shutil.rmtree(folder)  # of a command that was cut off when it had written the output
-            raise ValueError(f"{output} exists; remove it or choose another file")
-        outputs = multistep.predict(plan, examples, batch_size, seed=seed, folder=folder)
-        metrics = multistep.evaluate(plan, examples, outputs)
-        columns = list(outputs.values())
-        lines = [dict(zip(outputs, row, strict=True)) for row in zip(*columns, strict=True)] if is_chain else columns[0]
-        if _is_main():
-            write_atomic(output, json_lines(lines))
-            shutil.rmtree(folder)
-    return metrics
+                write_atomic(output, json_lines(chains if is_chain else columns[0]))
+            return metrics
+    raise ValueError(f"{output} exists; remove it or choose another file")
 
 
 def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[list[int]]:

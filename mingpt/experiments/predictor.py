@@ -9,7 +9,6 @@ do not depend on W, and random draws are a function of (seed, index of the examp
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from mingpt import distributed
 from mingpt.distributed.sharding import Rules, shard
 from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum
-from mingpt.storage.files import locked, naming, parsing, read_json_lines, write_atomic
+from mingpt.storage.files import naming, parsing, read_json_lines, scratch_folder, write_atomic
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,13 @@ class Predictor:
         if path is None:
             return self._predict(examples, per_device_batch_size, desc, None)
         folder = Path(path).with_name(Path(path).name + ".parts")
-        with locked(folder / ".lock"):
+        with scratch_folder(folder):
             key = {"examples": json_checksum(list(examples)), "seed": self.seed, "other": cache_key}
             cached_json(folder / "cache_key.json", key, lambda: None)
             # The hash is in the files' names too: what is left of a folder that was being removed is not mistaken.
             parts = folder / f"{json_checksum(key)[:16]}-"
             predictions = self._predict(examples, per_device_batch_size, desc, parts)
             distributed.run_on_main(lambda: write_atomic(path, json_lines(predictions)))
-            distributed.run_on_main(lambda: shutil.rmtree(folder))
         return predictions
 
     def _predict(self, examples: Sequence[Any], batch_size: int, desc: str | None, parts: Path | None) -> list[Any]:

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import json
 import os
+import shutil
 import socket
 import sys
 import textwrap
@@ -188,6 +189,28 @@ def locked(file: str | Path, wait: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):  # there is something in them, as a rule
                 for folder in made:
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder of intermediate results, which is removed when all has gone well.
+
+    The lock goes last: no other process takes the folder while it is being removed.
+
+    Args:
+        folder: kept where an error or a signal comes out.
+        wait: see ``locked``, which says what is raised.
+    """
+    folder = Path(folder)
+    with locked(folder / ".lock", wait):
+        yield
+        for path in folder.iterdir() if is_main() else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _acquire(file: Path, wait: bool) -> int | None:
