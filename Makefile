@@ -38,7 +38,7 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python setup.py constraints.txt
-	$(INSTALL) --editable '.[dev,hf,grammar,slurm]'
+	$(INSTALL) --editable '.[dev,hf,grammar,slurm,widget]'
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["mingpt", "mingpt.*"]),
-    package_data={"mingpt": ["py.typed"], "mingpt.experiments": ["presets.toml"]},
+    package_data={"mingpt": ["py.typed"], "mingpt.experiments": ["presets.toml"], "mingpt.lab": ["static/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
@@ -33,6 +33,7 @@ setup(
         "hf": ["transformers>=4.50", "peft>=0.14"],
         "grammar": ["llguidance>=1.3"],
         "slurm": ["submitit>=1.5"],
+        "widget": ["anywidget>=0.9"],
         "notebooks": ["jupyterlab>=4"],
         "dev": [
             "pytest>=8",
@@ -43,6 +44,9 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
+            "playwright>=1.48",
+            "axe-playwright-python>=0.1.4",
+            "wasmtime>=25",
         ],
     },
     entry_points={"console_scripts": ["mingpt = mingpt.cli:main"]},

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from mingpt import distributed
+from mingpt import distributed, lab
 from mingpt.datasets import CustomDataset
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
@@ -56,10 +57,17 @@ def main() -> None:
 
     A mistake gives one line and exit code 2, a training that diverges 1, a signal to stop 128 and its number.
     """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def stop(number: int, frame: object) -> NoReturn:
+        received.append(number)
+        _stop(number)
+
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, _stop)
+                before[number] = signal.signal(number, stop)
         logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
     except (click.Abort, KeyboardInterrupt):
@@ -71,6 +79,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (click.ClickException, ImportError, ValueError, OSError, distributed.OtherProcessError) as error:
+        if received:  # native code that a signal's exception went through has made another one of it
+            sys.exit(128 + received[0])
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if isinstance(error, ImportError) and error.name in ("transformers", "peft"):
             text += "; pip install 'mingpt-prefix-tuning[hf]'"
@@ -83,9 +93,12 @@ def main() -> None:
             raise
         _echo(f"error: contact with another process is lost: {str(error).splitlines()[0]}", err=True)
         sys.exit(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _stop(number: int, frame: object = None) -> NoReturn:
+def _stop(number: int) -> NoReturn:
     """Say that a signal has ended the command, and how to go on."""
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}.get(signal.Signals(number), "hung up")
     _echo(f"{word}; what was saved is kept, and the same command goes on from it", err=True)
@@ -124,6 +137,9 @@ _RUN_HELP = "The run's folder. [of a new run runs/PRESET, else the newest of run
 _SET_HELP = "Change a setting, such as trainer.max_iters=2000; may be repeated. 'mingpt config' lists them."
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 _wait_option = click.option("--wait", is_flag=True, help="Wait for another process that writes there.")
+_studies_option = click.option(
+    "--study", "studies", multiple=True, metavar="FOLDER", type=_FOLDER, help="With results.csv. [all in studies/]"
+)
 _load_options = _all_of(
     click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. [auto]"),
@@ -424,6 +440,37 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
                 shutil.rmtree(folder / "all", ignore_errors=True)
     _echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
     _echo(f"PeftModel.from_pretrained(model, {str(out / next(iter(chosen), 'TASK'))!r}) adds a prefix")
+
+
+@cli.command("report")
+@click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP)
+@click.option("--out", metavar="FILE", type=_FILE, default="lab.html", help="The page.")
+@_studies_option
+@click.option("--half", "use_half", is_flag=True, help="float16 weights: half the size, a few other answers.")
+def write_lab_page(run: Path | None, out: Path, studies: tuple[Path, ...], use_half: bool) -> None:
+    """Write the lab page of a run: one HTML file in which its model answers, and its prefixes can be mixed."""
+    lab.write_report(_folder(run), out, studies or _studies_here(), use_half)
+    _echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+@cli.command("lab")
+@click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP)
+@_studies_option
+@click.option("--port", type=click.IntRange(0, 65535), help="Of 127.0.0.1. [any free one]")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+def open_lab(run: Path | None, studies: tuple[Path, ...], port: int | None, no_browser: bool) -> None:
+    """Open the lab page of a run in the browser; its curves grow while the run is trained."""
+    with lab.LabServer(_folder(run), studies or _studies_here(), port or 0) as server:
+        _echo(f"{server.url}\nCtrl-C ends it")
+        if not no_browser:
+            webbrowser.open(server.url)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def _studies_here() -> list[Path]:
+    """The folders of the studies in the current folder that have results."""
+    return [path.parent for path in sorted(Path("studies").glob("*/results.csv"))]
 
 
 @cli.command("runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -400,3 +401,24 @@ def test_a_process_that_stops_is_named_by_the_others(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "process 1 has given no sign of life for 2.0 s; it is waited for up to MINGPT_TIMEOUT_S" in result.stderr
+
+
+def test_d7_a_signal_in_native_code_is_still_a_signal(monkeypatch, capsys):
+    """safetensors swallows the exception of a handler, and says that the file is damaged."""
+    from mingpt import cli
+
+    def load(*args, **kwargs):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(cli, "cli", load)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit) as error:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert error.value.code == 143
+    assert "damaged" not in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""The lab page of a run: one HTML file with the model, its prefixes and everything that was measured of them.
+
+The page computes by itself, see ``static/model.js``: the weights are in it as float32, so its answers are the run's.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mingpt.datasets import CustomDataset
+from mingpt.evaluation import accuracy_matrix
+from mingpt.experiments.pipeline import EVERY_TASK, KINDS, load_run
+from mingpt.experiments.reproduction import check_results
+from mingpt.model import GPT
+from mingpt.prefix import Prefix
+from mingpt.storage.cache import read_cached_json
+from mingpt.storage.files import parsing, read_json, write_atomic
+from mingpt.storage.weights import load_prefixes
+from mingpt.tasks import Task
+from mingpt.training.metrics import read_metrics
+
+STATIC = Path(__file__).with_name("static")
+
+_VIEWS = ["ask", "mix", "look", "matrix", "curves", "about"]
+MODULES = ["model", "prefix", "tasks", "data", "dom", "charts", *_VIEWS, "app"]
+"""The page's ES modules, each after those that it imports."""
+
+N_ROWS = 200
+"""Test rows of each task in the page."""
+
+STUDY_COLUMNS = ("run", "method", "task", "seed", "size", "max_iters", "n_parameters", "accuracy")
+
+
+def write_report(run: str | Path, out: str | Path, studies: Iterable[str | Path] = (), use_half: bool = False) -> None:
+    """Write the lab page of a run.
+
+    Args:
+        run: the folder; what is not there yet, the page lacks.
+        out: the file, such as lab.html; one that is there is replaced.
+        studies: folders with a results.csv each, see ``mingpt.experiments.sweep``.
+        use_half: store float16, half as large, in which some answers become others.
+
+    Raises:
+        CheckpointError: if a file of the run is damaged.
+        FileNotFoundError: if there is no such run.
+    """
+    write_atomic(Path(out), page(run_data(run, studies), use_half).encode())
+
+
+def run_data(run: str | Path, studies: Iterable[str | Path] = ()) -> dict[str, Any]:
+    """What the page of a run shows: JSON values, and under "tensors" arrays by name."""
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"there is no run {run}; 'mingpt reproduce' makes one")
+    found: dict[str, Any] = {"about": _about(run), "curves": run_curves(run), "studies": _studies(studies)}
+    if (run / "model.safetensors").exists():
+        model, _, description = load_run(run, "cpu")
+        prefixes = {kind: load_prefixes(run / name, model) for kind, name in KINDS.items()}
+        found |= model_data(model, {kind: own for kind, own in prefixes.items() if own}, description["data"])
+    return found
+
+
+def model_data(
+    model: GPT, prefixes: Mapping[str, Mapping[str, Prefix]], data: Mapping[str, Any], n_rows: int = N_ROWS
+) -> dict[str, Any]:
+    """What the page needs to compute: the model, its prefixes, and rows to try them on.
+
+    Args:
+        model: on any device; its weights are copied as float32.
+        prefixes: by kind and name, one prefix each; a name that is no task is shown without a right answer.
+        data: the model's, see ``CustomDataset.describe``; the rows are its test rows.
+        n_rows: of each task.
+
+    Returns:
+        config, data (length, num_digits, prefix_padding), tensors (by name), prefixes (for each its name, kind and
+        n_placeholders; its values are the tensor "prefix/KIND/NAME"), rows (by task: inputs and solutions) and matrix
+        (n_rows, and by kind, prefix and task how many rows are right, computed in float32).
+    """
+    tensors = {name: value.detach().float().cpu().numpy() for name, value in model.state_dict().items()}
+    listed = []
+    order = [*data["tasks"], *map(str, EVERY_TASK)]
+    prefixes = {
+        kind: dict(sorted(own.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+        for kind, own in prefixes.items()
+    }
+    for kind, own in prefixes.items():
+        for name, prefix in own.items():
+            tensors[f"prefix/{kind}/{name}"] = prefix.values[0].detach().float().cpu().numpy()
+            listed.append({"name": name, "kind": kind, "n_placeholders": prefix.n_placeholders})
+    names = dict.fromkeys([*data["tasks"], *(each["name"] for each in listed)])
+    tasks = {name: task for name in names if (task := _task(name))}
+    sets = {name: CustomDataset.from_description(data, split="test", tasks=[task]) for name, task in tasks.items()}
+    rows = {name: own.rows(range(n_rows)) for name, own in sets.items()}
+    score = partial(accuracy_matrix, model, datasets=list(sets.values()), n_rows=n_rows, precision="float32")
+    matrix = {
+        kind: score({"none": None, **own}).map(lambda each: each.n_correct).to_dict("index")
+        for kind, own in prefixes.items()
+    }
+    return {
+        "config": model.config.to_dict(),
+        "data": {name: data[name] for name in ("length", "num_digits", "prefix_padding")},
+        "tensors": tensors,
+        "prefixes": listed,
+        "rows": {name: {"inputs": x.tolist(), "solutions": y.tolist()} for name, (x, y) in rows.items()},
+        "matrix": {"n_rows": n_rows, "n_right": matrix},
+    }
+
+
+def _task(name: str) -> Task | None:
+    try:
+        return Task.parse(name)
+    except ValueError:
+        return None
+
+
+def run_curves(run: Path) -> dict[str, Any]:
+    """The curves of a run as far as they go: pretraining, pairs of iteration and loss; and by kind and task, pairs of
+    iteration and validation accuracy of each prefix."""
+    log = run / "pretraining" / "metrics.jsonl"
+    loss = [(line["iter"], line["loss"]) for line in read_metrics(log) if "loss" in line] if log.exists() else []
+    prefixes: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in KINDS}
+    for kind, name in KINDS.items():
+        for path in sorted((run / name).glob("training-*/metrics.jsonl")):
+            for line in read_metrics(path):
+                for task, accuracy in line.get("accuracies", {}).items():
+                    prefixes[kind].setdefault(task, []).append((line["iter"], accuracy))
+    return {"pretraining": loss, "prefixes": {kind: own for kind, own in prefixes.items() if own}}
+
+
+def _studies(folders: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of every study, by the name of its folder."""
+    found = {}
+    for folder in map(Path, folders):
+        path = folder / "results.csv"
+        with parsing(path, "a study's results"), path.open(newline="", encoding="utf-8") as file:
+            numbers = dict.fromkeys(("seed", "size", "max_iters", "n_parameters"), int) | {"accuracy": float}
+            found[folder.name] = [
+                {name: numbers.get(name, str)(line[name]) for name in STUDY_COLUMNS} for line in csv.DictReader(file)
+            ]
+    return found
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """Where the run comes from: its name, settings, the command that makes it, versions, and what it found."""
+    config = read_json(run / "config.json") if (run / "config.json").exists() else {}
+    path, results = run / "results.json", None
+    if path.exists():
+        found = check_results(read_cached_json(path)["value"], path)
+        results = {name: found[name] for name in ("seconds", "bayes_loss", "mixed", "tasks", "n_iters")}
+    with parsing(run / "config.json", "the settings of a run"):
+        options = [f"--{name} {config[name]}" for name in ("preset", "seed") if name in config]
+    packages = ("mingpt-prefix-tuning", "torch", "numpy")
+    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    return {
+        "run": run.name,
+        "command": " ".join(["mingpt reproduce", *options]),
+        "versions": {"python": platform.python_version()} | versions,
+        "config": config,
+        "results": results,
+    }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- one HTML file
+
+
+def page(data: Mapping[str, Any], use_half: bool = False) -> str:
+    """The HTML of a page that shows ``data``, see ``run_data``."""
+    header, blob = pack(data, use_half)
+    title = html.escape(f"mingpt lab: {data['about']['run']}")
+    parts = {
+        "TITLE": title,
+        "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
+        "HEADER": json.dumps(header, separators=(",", ":")).replace("<", "\\u003c"),  # no tag can end the script
+        "BLOB": base64.b64encode(blob).decode(),
+        "SCRIPT": script() + "\nstart();\n",
+    }
+    text = (STATIC / "page.html").read_text(encoding="utf-8")
+    before, *rest = text.split("{{")
+    return before + "".join(parts[name] + after for name, _, after in (part.partition("}}") for part in rest))
+
+
+def pack(data: Mapping[str, Any], use_half: bool = False) -> tuple[dict[str, Any], bytes]:
+    """Split the page's data into JSON values and the tensors' bytes.
+
+    Returns:
+        The data, with each tensor's shape and offset in the place of the tensor and the dtype of all; and the bytes,
+        little-endian and row by row, the tensors one after the other.
+    """
+    dtype = np.dtype("<f2" if use_half else "<f4")
+    places, pieces, offset = {}, [], 0
+    for name, tensor in data.get("tensors", {}).items():
+        places[name] = {"shape": list(tensor.shape), "offset": offset}
+        pieces.append(np.ascontiguousarray(tensor, dtype).tobytes())
+        offset += len(pieces[-1])
+    return {**data, "tensors": places, "dtype": "float16" if use_half else "float32"}, b"".join(pieces)
+
+
+def script() -> str:
+    """The page's modules as one, with the kernel in it.
+
+    Their names are one another's: what a module exports is seen by those after it, so imports between them go.
+    """
+    kernels = base64.b64encode((STATIC / "kernels.wasm").read_bytes()).decode()
+    found = [f'const KERNELS = "{kernels}";']
+    for name in MODULES:
+        lines = (STATIC / f"{name}.js").read_text(encoding="utf-8").splitlines()
+        found += [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
+    return "\n".join(found)

@@ -1,0 +1,64 @@
+"""A browser, and the lab page of the stored run."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mingpt.lab import report
+
+LAPTOP = Path(__file__).parents[2] / "checkpoints" / "laptop"
+
+
+@pytest.fixture(scope="package")
+def laptop_data():
+    return report.run_data(LAPTOP, [LAPTOP.parents[1] / "studies" / "methods"])
+
+
+@pytest.fixture(scope="package")
+def laptop_page(laptop_data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lab") / "lab.html"
+    path.write_text(report.page(laptop_data), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="package")
+def browser():
+    """Debian's chromium; a machine without one skips these tests, CI fails."""
+    found = shutil.which("chromium")
+    if found is None:
+        reason = "no chromium on this machine: apt-get install chromium"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="package")
+def module(browser, laptop_data):
+    """The page's modules in an empty page: ``module(source, argument)`` computes with everything that is in them.
+
+    ``lab`` is the stored run's.
+    """
+    page = browser.new_page()
+    header, blob = report.pack(laptop_data)
+    source = base64.b64encode((report.script() + "\nexport const evaluate = (text) => eval(text);").encode()).decode()
+    page.evaluate(
+        """async ([source, header, blob]) => {
+            globalThis.lab_module = await import("data:text/javascript;base64," + source);
+            const [decode, kernels, Lab] = ["decodeBase64", "KERNELS", "Lab"].map(lab_module.evaluate);
+            globalThis.lab = await Lab.load(header, decode(blob).buffer, decode(kernels));
+        }""",
+        [source, header, base64.b64encode(blob).decode()],
+    )
+    yield lambda function, argument=None: page.evaluate(
+        "([source, argument]) => lab_module.evaluate(source)(argument)", [function, argument]
+    )
+    page.close()

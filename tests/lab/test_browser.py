@@ -1,0 +1,185 @@
+"""The lab page in a real browser: every view opened and used, on a wide and a narrow screen, in light and in dark."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from lab.conftest import LAPTOP
+
+from mingpt.evaluation import predict
+from mingpt.experiments.pipeline import load_run
+from mingpt.lab import report
+
+VIEWS = ["Ask", "Mix", "Look", "Matrix", "Curves", "About"]
+
+
+@contextlib.contextmanager
+def opened(browser, path, **options) -> Iterator:
+    """The page, on which nothing may be asked of a network, nothing said on the console, and nothing go wrong."""
+    context = browser.new_context(reduced_motion="reduce", **options)
+    page, noise, requests = context.new_page(), [], []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("[data-is-ready]")
+    yield page
+    assert noise == []
+    assert requests == [path.as_uri()]
+    context.close()
+
+
+def open_view(page, name):
+    page.get_by_role("tab", name=name).click()
+    return page.get_by_role("tabpanel", name=name)
+
+
+def use_ask(page):
+    view = open_view(page, "Ask")
+    view.get_by_label("number 1 of the row", exact=True).fill("9")
+    view.get_by_label("number 1 of the row", exact=True).blur()
+    view.get_by_role("group", name="the answer, token by token").get_by_role("button").nth(3).click()
+    assert "position 4" in view.inner_text()
+
+
+def use_mix(page):
+    view = open_view(page, "Mix")
+    view.get_by_role("button", name="Add a prefix").click()
+    view.get_by_label("weight of Add1").fill("0.5")
+    view.get_by_label("layer 2, position 3").uncheck()
+    page.wait_for_selector("[data-is-done=true]")
+
+
+def use_look(page):
+    view = open_view(page, "Look")
+    view.get_by_label("the difference").check()
+    view.get_by_role("button", name="layer 2, head 3").click()
+    view.get_by_role("img", name=re.compile("attention of layer 2, head 3")).hover(position={"x": 30, "y": 30})
+    assert " looks at " in view.inner_text()
+
+
+def use_matrix(page):
+    view = open_view(page, "Matrix")
+    view.get_by_role("button", name=re.compile("^prefix SortAscending on SortAscending.Add1:")).click()
+    assert "SortAscending on SortAscending+Add1" in view.inner_text()
+
+
+def use_curves(page):
+    view = open_view(page, "Curves")
+    view.get_by_label("Study").select_option("methods")
+    view.get_by_role("group", name="Methods").get_by_label("full", exact=True).uncheck()
+    assert view.locator("circle").count() > 50
+
+
+def use_about(page):
+    assert "mingpt reproduce --preset laptop" in open_view(page, "About").inner_text()
+
+
+USES = dict(zip(VIEWS, (use_ask, use_mix, use_look, use_matrix, use_curves, use_about), strict=True))
+
+
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_can_be_used(browser, laptop_page, tmp_path, view, width, color_scheme):
+    """It fits the screen, and axe-core finds no serious fault in it. The photograph is kept with pytest's files."""
+    with opened(browser, laptop_page, viewport={"width": width, "height": 900}, color_scheme=color_scheme) as page:
+        USES[view](page)
+        page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        found = Axe().run(page).response["violations"]
+        faults = [
+            f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:200]}"
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+        assert faults == []
+
+
+def test_the_keyboard_reaches_everything(browser, laptop_page):
+    """Whatever can be clicked can be focused by the tab key, and the arrow keys go from view to view."""
+    with opened(browser, laptop_page, viewport={"width": 1280, "height": 900}) as page:
+        page.keyboard.press("Tab")
+        for name in VIEWS:
+            tab = page.get_by_role("tab", name=name)
+            assert tab.get_attribute("aria-selected") == "true"
+            assert tab.evaluate("(each) => each === document.activeElement")
+            panel = page.get_by_role("tabpanel", name=name)
+            parts = panel.locator("button, input, select, [tabindex='0']")
+            n_parts = parts.evaluate_all(
+                """(all) => {
+                    const names = new Set(); // of several radio buttons of one choice, one is in the order
+                    return all.filter((each) => each.checkVisibility() && !each.disabled
+                        && (each.type !== "radio" || (!names.has(each.name) && names.add(each.name)))).length;
+                }"""
+            )
+            reached = 0
+            while True:
+                page.keyboard.press("Tab")
+                if not panel.evaluate("(each) => each.contains(document.activeElement)"):
+                    break
+                reached += 1
+            assert reached == n_parts, name
+            tab.focus()
+            page.keyboard.press("ArrowRight")
+
+
+def test_what_the_page_says_is_what_torch_says(browser, laptop_page):
+    """A row that is typed, and a mixture that is made with a slider."""
+    model, prefixes, description = load_run(LAPTOP, "cpu")
+    row, padding = [9, 3, 3, 1, 7, 10, 2, 2, 5, 4], description["data"]["prefix_padding"]
+
+    def answer(prefix):
+        return predict(model, torch.tensor([row]).numpy(), padding, prefix, precision="float32")[0].tolist()
+
+    with opened(browser, laptop_page) as page:
+        for number, value in enumerate(row, start=1):
+            cell = page.get_by_label(f"number {number} of the row", exact=True)
+            cell.fill(str(value))
+            cell.blur()
+        page.get_by_label("Prefix", exact=True).first.select_option("SortDescending (key_value)")
+        group = page.get_by_role("group", name="the answer, token by token")
+        group.get_by_role("button").nth(9).wait_for()
+        found = [int(text.split()[0]) for text in group.get_by_role("button").all_inner_texts()]
+        assert found == answer(prefixes["SortDescending"]) == sorted(row, reverse=True)
+
+        view = open_view(page, "Mix")
+        view.get_by_label("Prefix 1", exact=True).select_option("SortAscending")
+        view.get_by_label("Prefix 2", exact=True).select_option("Add1")
+        view.get_by_label("weight of SortAscending").fill("0.4")
+        view.get_by_label("weight of Add1").fill("0.6")
+        page.wait_for_selector("[data-is-done=true]")
+        line = view.get_by_role("status").filter(has_text="becomes").locator(".tokens").nth(1).locator(".token")
+        mixed = type(prefixes["Add1"])(
+            "key_value", 0.4 * prefixes["SortAscending"].values + 0.6 * prefixes["Add1"].values
+        )
+        assert [int(text) for text in line.all_inner_texts()] == answer(mixed)
+
+
+def test_wrong_rows_only(browser, laptop_page):
+    """Each row that is shown then is one that the chosen prefix gets wrong."""
+    with opened(browser, laptop_page) as page:
+        view = page.get_by_role("tabpanel", name="Ask")
+        view.get_by_label("Prefix", exact=True).select_option("FilterAtLeastNTimes (key_value)")
+        view.get_by_label("only rows it gets wrong").check()
+        for _ in range(5):
+            view.get_by_text("The answer is wrong.").wait_for()
+            view.get_by_role("button", name="Another row").click()
+
+
+def test_a_name_cannot_become_code(browser, laptop_data, tmp_path):
+    hostile = "</script><img src=x onerror=alert(1)>{{BLOB}}"
+    path = tmp_path / "lab.html"
+    about = laptop_data["about"] | {"run": hostile, "command": hostile}
+    path.write_text(report.page(laptop_data | {"about": about}), encoding="utf-8")
+    with opened(browser, path) as page:
+        assert page.get_by_role("heading", level=1).inner_text() == f"Prefix-tuning lab: {hostile}"
+        use_about_text = open_view(page, "About").inner_text()
+        assert hostile in use_about_text
+        assert page.locator("img").count() == 0
