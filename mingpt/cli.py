@@ -62,7 +62,7 @@ def main() -> None:
 
     def stop(number: int, frame: object) -> NoReturn:
         received.append(number)
-        _stop(number)
+        raise KeyboardInterrupt
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -71,7 +71,7 @@ def main() -> None:
         logging.basicConfig(format="%(message)s", level=logging.INFO if _is_main() else logging.WARNING)
         sys.exit(cli(standalone_mode=False, prog_name="mingpt"))
     except (click.Abort, KeyboardInterrupt):
-        _stop(signal.SIGINT)
+        _stop(received[0] if received else signal.SIGINT)
     except DivergedError as error:
         _echo(f"error: {error}", err=True)
         sys.exit(1)
@@ -80,7 +80,7 @@ def main() -> None:
         sys.exit(1)
     except (click.ClickException, ImportError, ValueError, OSError, distributed.OtherProcessError) as error:
         if received:  # native code that a signal's exception went through has made another one of it
-            sys.exit(128 + received[0])
+            _stop(received[0])
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         if isinstance(error, ImportError) and error.name in ("transformers", "peft"):
             text += "; pip install 'mingpt-prefix-tuning[hf]'"

@@ -332,9 +332,7 @@ class Trainer:
                 state if config.checkpoint_path else "nothing is saved, as there is no checkpoint_path",
             )
             signal.raise_signal(stop_signal)
-            if (
-                not self.is_finished()
-            ):  # a handler let the process live; what is half trained must not be taken for done
+            if not self.is_finished():  # a handler let the process live, and what is half trained is not done
                 raise SystemExit(128 + stop_signal)
 
     def _step(self, x: Tensor, y: Tensor) -> None:

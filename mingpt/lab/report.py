@@ -205,12 +205,12 @@ def pack(data: Mapping[str, Any], use_half: bool = False) -> tuple[dict[str, Any
         little-endian and row by row, the tensors one after the other.
     """
     dtype = np.dtype("<f2" if use_half else "<f4")
-    places, pieces, offset = {}, [], 0
+    layout, pieces, offset = {}, [], 0
     for name, tensor in data.get("tensors", {}).items():
-        places[name] = {"shape": list(tensor.shape), "offset": offset}
+        layout[name] = {"shape": list(tensor.shape), "offset": offset}
         pieces.append(np.ascontiguousarray(tensor, dtype).tobytes())
         offset += len(pieces[-1])
-    return {**data, "tensors": places, "dtype": "float16" if use_half else "float32"}, b"".join(pieces)
+    return {**data, "tensors": layout, "dtype": "float16" if use_half else "float32"}, b"".join(pieces)
 
 
 def script() -> str:

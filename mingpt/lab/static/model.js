@@ -5,7 +5,8 @@
 const LAYER_NORM_EPSILON = 1e-5;
 const MAX_TOKENS = 640; // of all rows of one forward pass together
 
-const multipleOf = (step, number) => step * Math.ceil(number / step);
+/** The next multiple of `step`: rows of that many columns are what the kernel computes. */
+export const multipleOf = (step, number) => step * Math.ceil(number / step);
 
 /** A GPT in evaluation mode. */
 export class Model {

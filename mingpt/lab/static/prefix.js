@@ -2,6 +2,8 @@
 //
 // "Shared" keys and values are an array over layers of {keys, values, n}: (H, n, D) each, the same for all rows.
 
+import { multipleOf } from "./model.js";
+
 /** (P, C) to (H, P, D). */
 function splitHeads(model, rows, start, nPositions, ld) {
   const { nHead, headSize: D } = model;
@@ -47,7 +49,7 @@ export function ofPrefix(model, { kind, values }) {
     }
     model.firstLayerNorm(layer, model.stream, model.normed, n);
     model.linear(`transformer.h.${layer}.attn.c_attn`, model.normed, stride, model.wide, n);
-    const ld = 8 * Math.ceil((3 * C) / 8);
+    const ld = multipleOf(8, 3 * C);
     const [keys, own] = [C, 2 * C].map((start) => splitHeads(model, model.wide, start, n, ld));
     return { keys, values: own, n };
   });
