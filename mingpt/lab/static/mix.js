@@ -86,17 +86,17 @@ export function mix(lab) {
     const key = `${state.kind} ${nPositions}`;
     if (grid.dataset.key === key) return;
     grid.dataset.key = key;
-    const toggle = (places, isKept) => {
-      for (const place of places) isKept ? dropped.delete(place) : dropped.add(place);
+    const toggle = (cells, isKept) => {
+      for (const place of cells) isKept ? dropped.delete(place) : dropped.add(place);
       for (const box of grid.querySelectorAll("input[data-place]")) box.checked = !dropped.has(box.dataset.place);
       update();
     };
     const positions = Array.from({ length: nPositions }, (_, p) => p);
     const layers = Array.from({ length: nLayer }, (_, l) => l);
-    const box = (label, places, place) => {
+    const box = (label, cells, place) => {
       const input = h("input", {
         type: "checkbox", checked: place === undefined || !dropped.has(place), "aria-label": label, "data-place": place,
-        onchange: () => toggle(places, input.checked),
+        onchange: () => toggle(cells, input.checked),
       });
       return input;
     };
