@@ -211,11 +211,6 @@ def _find_prefix(prefixes: dict[str, Prefix], name: str, run: Path) -> tuple[str
     return found, prefixes[found]
 
 
-def _task_of(name: str) -> Task:
-    """The task of a prefix, by the prefix's name."""
-    return Task.parse(re.sub(r"-[0-9a-f]+$", "", name))
-
-
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Take the sampling options out of a command's, as ``generate`` has them."""
     sample, temperature, top_k = (options.pop(name) for name in ("sample", "temperature", "top_k"))
@@ -343,7 +338,7 @@ def evaluate_command(names: tuple[str, ...], without_prefix: bool, rows: int, as
     chosen = dict((name, None) if without_prefix else _find_prefix(prefixes, name, run) for name in names or prefixes)
     if not chosen:
         raise ValueError(f"no prefixes in {run}; 'mingpt prefix TASK' makes one")
-    sets = {name: CustomDataset.from_description(data, split="test", tasks=[_task_of(name)]) for name in chosen}
+    sets = {name: CustomDataset.from_description(data, split="test", tasks=[pipeline.task_of(name)]) for name in chosen}
     _echo_scores({name: evaluate(model, sets[name], prefix, rows) for name, prefix in chosen.items()}, as_json)
 
 
@@ -388,7 +383,7 @@ def predict(rows: Path, output: Path, task: str, batch_size: int, wait: bool, se
     model, prefixes, data, run = _load(**options)
     name, prefix = _find_prefix(prefixes, task, run)
     step = multistep.row_step(name, prefix, data["length"], data["prefix_padding"], options=sampling)
-    _answer(multistep.Plan(model, [step]), _task_of(name), rows, output, batch_size, wait, seed)
+    _answer(multistep.Plan(model, [step]), pipeline.task_of(name), rows, output, batch_size, wait, seed)
 
 
 @cli.command()

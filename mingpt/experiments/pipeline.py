@@ -19,6 +19,7 @@ import copy
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,15 @@ def _training_of(
             return state.parent, own_keys
     own_keys = {task: keys[task] for task in missing}
     return folder / f"training-{json_checksum(own_keys)[:8]}", own_keys
+
+
+def task_of(name: str) -> Task:
+    """The task of a prefix, by the name of its file: Add1, or Add1-1a2b3c4d of one that is beside it.
+
+    Raises:
+        ValueError: for a name that is no task's.
+    """
+    return Task.parse(re.sub(r"-[0-9a-f]+$", "", name))
 
 
 def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:

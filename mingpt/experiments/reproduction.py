@@ -29,7 +29,7 @@ from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
 from mingpt.storage.files import parsing, write_atomic
 from mingpt.tasks import PRETRAINING_TASKS, Task
-from mingpt.training.metrics import read_metrics
+from mingpt.training.metrics import read_metrics, validation_curves
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
@@ -131,13 +131,8 @@ def check_results(results: Any, path: Path) -> dict[str, Any]:
 def _validation_curves(folder: Path, metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """The validation accuracies of each task's prefix, by task, from the metrics of its training."""
     trainings = {each["training"] for each in metrics.values()}
-    lines = {
-        each: [x for x in read_metrics(folder / each / "metrics.jsonl") if "accuracies" in x] for each in trainings
-    }
-    return {
-        task: [(x["iter"], x["accuracies"][task]) for x in lines[each["training"]] if task in x["accuracies"]]
-        for task, each in metrics.items()
-    }
+    curves = {each: validation_curves(folder / each / "metrics.jsonl") for each in trainings}
+    return {task: curves[each["training"]].get(task, []) for task, each in metrics.items()}
 
 
 def evaluate_run(

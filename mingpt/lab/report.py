@@ -12,15 +12,16 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import mingpt
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix
-from mingpt.experiments.pipeline import EVERY_TASK, KINDS, load_run
+from mingpt.experiments.pipeline import EVERY_TASK, KINDS, load_run, task_of
 from mingpt.experiments.reproduction import check_results
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
@@ -28,7 +29,7 @@ from mingpt.storage.cache import read_cached_json
 from mingpt.storage.files import parsing, read_json, write_atomic
 from mingpt.storage.weights import load_prefixes
 from mingpt.tasks import Task
-from mingpt.training.metrics import read_metrics
+from mingpt.training.metrics import read_metrics, validation_curves
 
 STATIC = Path(__file__).with_name("static")
 
@@ -83,24 +84,27 @@ def model_data(
         n_rows: of each task.
 
     Returns:
-        config, data (length, num_digits, prefix_padding), tensors (by name), prefixes (for each its name, kind and
-        n_placeholders; its values are the tensor "prefix/KIND/NAME"), rows (by task: inputs and solutions) and matrix
-        (n_rows, and by kind, prefix and task how many rows are right, computed in float32).
+        config, data (length, num_digits, prefix_padding), tensors (by name), prefixes (for each its name, its task or
+        None, kind and n_placeholders; its values are the tensor "prefix/KIND/NAME"), rows (by task: inputs and
+        solutions) and matrix (n_rows, and by kind, prefix and task how many rows are right, computed in float32).
     """
     tensors = {name: value.detach().float().cpu().numpy() for name, value in model.state_dict().items()}
     listed = []
-    order = [*data["tasks"], *map(str, EVERY_TASK)]
+    order = {name: number for number, name in enumerate(dict.fromkeys([*data["tasks"], *map(str, EVERY_TASK)]))}
+    tasks = {name: _find_task(name) for own in prefixes.values() for name in own}
     prefixes = {
-        kind: dict(sorted(own.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+        kind: dict(sorted(own.items(), key=lambda item: order.get(str(tasks[item[0]]), len(order))))
         for kind, own in prefixes.items()
     }
     for kind, own in prefixes.items():
         for name, prefix in own.items():
             tensors[f"prefix/{kind}/{name}"] = prefix.values[0].detach().float().cpu().numpy()
-            listed.append({"name": name, "kind": kind, "n_placeholders": prefix.n_placeholders})
-    names = dict.fromkeys([*data["tasks"], *(each["name"] for each in listed)])
-    tasks = {name: task for name in names if (task := _task(name))}
-    sets = {name: CustomDataset.from_description(data, split="test", tasks=[task]) for name, task in tasks.items()}
+            task = tasks[name]
+            listed.append(
+                {"name": name, "task": task and str(task), "kind": kind, "n_placeholders": prefix.n_placeholders}
+            )
+    every = dict.fromkeys([*data["tasks"], *(each["task"] for each in listed if each["task"])])
+    sets = {name: CustomDataset.from_description(data, split="test", tasks=[Task.parse(name)]) for name in every}
     rows = {name: own.rows(range(n_rows)) for name, own in sets.items()}
     score = partial(accuracy_matrix, model, datasets=list(sets.values()), n_rows=n_rows, precision="float32")
     matrix = {
@@ -117,9 +121,10 @@ def model_data(
     }
 
 
-def _task(name: str) -> Task | None:
+def _find_task(name: str) -> Task | None:
+    """The task of a prefix, None for a name that is no task's."""
     try:
-        return Task.parse(name)
+        return task_of(name)
     except ValueError:
         return None
 
@@ -131,10 +136,9 @@ def run_curves(run: Path) -> dict[str, Any]:
     loss = [(line["iter"], line["loss"]) for line in read_metrics(log) if "loss" in line] if log.exists() else []
     prefixes: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in KINDS}
     for kind, name in KINDS.items():
-        for path in sorted((run / name).glob("training-*/metrics.jsonl")):
-            for line in read_metrics(path):
-                for task, accuracy in line.get("accuracies", {}).items():
-                    prefixes[kind].setdefault(task, []).append((line["iter"], accuracy))
+        logs = (run / name).glob("training-*/metrics.jsonl")
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime):  # of several trainings of a task, the last
+            prefixes[kind] |= validation_curves(path)
     return {"pretraining": loss, "prefixes": {kind: own for kind, own in prefixes.items() if own}}
 
 
@@ -160,22 +164,13 @@ def _about(run: Path) -> dict[str, Any]:
         results = {name: found[name] for name in ("seconds", "bayes_loss", "mixed", "tasks", "n_iters")}
     with parsing(run / "config.json", "the settings of a run"):
         options = [f"--{name} {config[name]}" for name in ("preset", "seed") if name in config]
-    packages = ("mingpt-prefix-tuning", "torch", "numpy")
-    versions = {name: metadata.version(name) for name in packages if _is_installed(name)}
     return {
         "run": run.name,
         "command": " ".join(["mingpt reproduce", *options]),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": {"python": platform.python_version(), "mingpt": mingpt.__version__, "torch": torch.__version__},
         "config": config,
         "results": results,
     }
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------------- one HTML file

@@ -103,3 +103,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if not (isinstance(line, dict) and isinstance(line.get("iter"), int)):
             raise CheckpointError(f"{path}: damaged, line {number} has no field 'iter'; delete the file")
     return lines
+
+
+def validation_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """The validation accuracies in a metrics file, by task: pairs of iteration and accuracy.
+
+    Raises:
+        CheckpointError: see ``read_metrics``.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(path):
+        for task, accuracy in line.get("accuracies", {}).items():
+            curves.setdefault(task, []).append((line["iter"], accuracy))
+    return curves

@@ -79,6 +79,17 @@ def test_a_run_has_a_page_at_any_time(young_run, tmp_path):
     assert "config" not in header_of((tmp_path / "lab.html").read_text())
 
 
+def test_a_prefix_that_was_trained_again_has_its_task_and_its_own_curve(young_run):
+    folder = young_run / "prefixes"
+    (folder / "Add1.safetensors").rename(folder / "Add1-1a2b3c4d.safetensors")
+    (folder / "training-later").mkdir()
+    (folder / "training-later" / "metrics.jsonl").write_text('{"iter": 7, "accuracies": {"Add1": 0.5}}\n')
+    found = report.run_data(young_run)
+    assert [each["task"] for each in found["prefixes"] if each["name"] == "Add1-1a2b3c4d"] == ["Add1"]
+    assert "Add1-1a2b3c4d" not in found["rows"]
+    assert found["curves"]["prefixes"]["key_value"] == {"Add1": [(7, 0.5)]}
+
+
 def test_mistakes_are_said(young_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run"):
         write_report(tmp_path / "other", tmp_path / "lab.html")

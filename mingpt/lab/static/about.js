@@ -21,7 +21,7 @@ export function about(lab) {
     h("p", {}, "This command makes the run again:"), h("pre", { tabindex: 0 }, command),
     lab.hasModel && h("p", {}, precision),
     scores && [h("h2", {}, "What it found"), h("p", {}, `Percent of ${results.mixed.n_rows} test rows whose every token is right; one seed. ${seconds}.`), scores],
-    h("h2", {}, "Versions"), h("p", {}, Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ")),
+    h("h2", {}, "Versions that wrote this page"), h("p", {}, Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ")),
     h("h2", {}, "Settings"), h("pre", { tabindex: 0 }, JSON.stringify(config, null, 1)),
     h("p", { class: "note" }, "After “When Do Prompting and Prefix-Tuning Work?”, Petrov, Torr and Bibi, ICLR 2024."));
 }

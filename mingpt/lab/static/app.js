@@ -32,8 +32,10 @@ export function mount(root, lab) {
       tabs[i].setAttribute("aria-selected", each === name);
       tabs[i].tabIndex = each === name ? 0 : -1;
       panels[i].hidden = each !== name;
-      if (each === name && !panels[i].hasChildNodes()) panels[i].append(VIEWS[name](lab));
     });
+    const panel = panels[names.indexOf(name)];
+    if (panel.hasChildNodes()) lab.choose({});
+    else panel.append(VIEWS[name](lab));
   }
   const header = h("header", {}, h("h1", {}, `Prefix-tuning lab: ${lab.about.run}`), h("div", { role: "tablist", "aria-label": "views" }, tabs));
   root.classList.add("mingpt-lab");

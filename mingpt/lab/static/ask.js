@@ -76,7 +76,7 @@ export function rowPicker(lab, onRow) {
   });
   const element = h("div", { class: "controls" }, tasks, h("button", { onclick: next }, "Another row"), wrong, status);
   element.follow = (name) => {
-    if (name in lab.rows && name !== task) tasks.show((task = name));
+    if (name && name !== task) tasks.show((task = name));
   };
   return element;
 }
@@ -92,7 +92,7 @@ export function ask(lab) {
   const editor = rowEditor(lab, (row) => lab.choose({ row }));
   const picker = rowPicker(lab, (row) => lab.choose({ row }));
   const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => {
-    picker.follow(prefix.name);
+    picker.follow(prefix.task);
     lab.choose({ prefix });
   });
   let [current, shownToken] = [0, 0];
@@ -114,9 +114,9 @@ export function ask(lab) {
     const kind = lab.chosen.prefix === lab.none ? lab.prefixes[0]?.kind : lab.chosen.prefix.kind;
     const lines = [lab.none, ...lab.prefixes.filter((prefix) => prefix.kind === kind)].map((prefix) => {
       const own = lab.answer([row], prefix).answers[0];
-      const solution = lab.solution(prefix.name, row);
+      const solution = lab.solution(prefix.task, row);
       const verdict = solution === null ? "" : isSame(own, solution) ? "right" : "wrong";
-      const also = lab.tasksOf(row, own).filter((task) => task !== prefix.name);
+      const also = lab.tasksOf(row, own).filter((task) => task !== prefix.task);
       return h("tr", {},
         h("th", { scope: "row" }, prefix.name === "none" ? "no prefix" : prefix.name),
         h("td", {}, tokens(own, (i) => (solution && own[i] !== solution[i] ? "wrong" : solution ? "right" : ""))),
@@ -134,7 +134,7 @@ export function ask(lab) {
     prefixes.show(prefix);
     const { answers: [answer], logits } = lab.answer([row], prefix);
     const probabilities = logits.map(softmax);
-    const solution = prefix === lab.none ? null : lab.solution(prefix.name, row);
+    const solution = lab.solution(prefix.task, row);
     const tasks = lab.tasksOf(row, answer);
     const cells = answer.map((token, i) => {
       const p = probabilities[i][token];
@@ -163,7 +163,7 @@ export function ask(lab) {
   }
 
   const solutionHeading = h("h3", {}, "The right answer");
-  lab.addEventListener("choice", update);
+  lab.onChoice(answerRow, update);
   update();
   return h("section", {},
     h("p", {}, "Type a row, or draw it in the bars. The model answers it with the prefix that is chosen; the darker a token, the surer it is."),

@@ -41,7 +41,7 @@ export class Lab extends EventTarget {
     }
     lab.model = await Model.load(header.config, tensors, kernels);
     lab.taskNames = Object.keys(lab.rows);
-    lab.none = { name: "none", kind: "padding", label: "no prefix", n_placeholders: lab.data.prefix_padding };
+    lab.none = { name: "none", task: null, kind: "padding", label: "no prefix", n_placeholders: lab.data.prefix_padding };
     lab.prefixes = header.prefixes.map((prefix) => ({
       ...prefix,
       label: header.prefixes.some((each) => each.kind !== prefix.kind) ? `${prefix.name} (${prefix.kind})` : prefix.name,
@@ -57,6 +57,11 @@ export class Lab extends EventTarget {
   choose(change) {
     Object.assign(this.chosen, change);
     this.dispatchEvent(new Event("choice"));
+  }
+
+  /** Call a view's update when another choice is made, and when the view is opened again; not while it is hidden. */
+  onChoice(element, update) {
+    this.addEventListener("choice", () => element.checkVisibility() && update());
   }
 
   /** The keys and values of a prefix, or of the padding that stands where one is missing. */
@@ -79,6 +84,7 @@ export class Lab extends EventTarget {
 
   /** What a task makes of a row: computed, or looked up; null where it is not known. */
   solution(task, row) {
+    if (task === null) return null;
     if (isKnown(task)) return solve(task, row);
     const stored = this.rows[task];
     return stored?.solutions[stored.inputs.findIndex((input) => isSame(input, row))] ?? null;

@@ -39,7 +39,7 @@ export function look(lab) {
   const rowLine = h("p", {});
   const picker = rowPicker(lab, (row) => lab.choose({ row }));
   const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => {
-    picker.follow(prefix.name);
+    picker.follow(prefix.task);
     lab.choose({ prefix });
   });
   let [seen, seenWithout] = [null, null];
@@ -213,7 +213,7 @@ export function look(lab) {
     state.mode = value;
     showHeads();
   });
-  lab.addEventListener("choice", update);
+  lab.onChoice(heads, update);
   update();
   return h("section", {},
     h("p", {}, "Each small map is a head: a line for each token of the row and of the answer, a column for each position that it looks at, the prefix first."),

@@ -143,7 +143,7 @@ export function mix(lab) {
     }));
   }
 
-  lab.addEventListener("choice", () => update());
+  lab.onChoice(sliders, update);
   const mode = radios("Put together", [["as a weighted sum", "sum"], ["one after the other", "concatenation"]], "sum", (value) => {
     state.mode = value;
     keysField.hidden = value !== "sum";
