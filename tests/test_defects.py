@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -346,14 +347,23 @@ def test_d11_what_a_killed_process_has_left_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"n_layer": 10**9}, {"n_embd": 10**7, "n_head": 1}, {"vocab_size": 10**12}, {"block_size": 10**12}]
+    "change",
+    [
+        {"n_layer": 10**9},
+        {"n_embd": 10**7, "n_head": 1},
+        {"vocab_size": 10**12},
+        {"block_size": 10**12},
+        {"block_size": 10**7},  # 320 MB, which a machine has
+    ],
 )
 def test_d12_a_sealed_model_of_a_hostile_size_takes_no_memory(tmp_path, change):
     model = new_model()
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, model.state_dict(), {"kind": "model", "config": model.config.to_dict() | change})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
         load_model(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 @pytest.mark.parametrize("field", ["length", "num_digits", "prefix_padding"])
