@@ -137,7 +137,7 @@ def seconds(stage: str) -> str:
 
 
 def printed(notebook: str, line: str, n: int = 0) -> str:
-    """The n-th number after the beginning of a line that a notebook printed: ``printed("01", "fine-tuned, descending")``."""
+    """The n-th number after the beginning of a printed line: ``printed("01", "fine-tuned, descending")``."""
     (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
     outputs = [each for cell in json.loads(path.read_text())["cells"] for each in cell.get("outputs", [])]
     text = "\n".join("".join(each.get("text") or each.get("data", {}).get("text/plain", "")) for each in outputs)
