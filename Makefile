@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: reproduce test torture check notebooks bench clean
+.PHONY: setup reproduce test torture check notebooks docs bench clean
+
+setup: $(VENV)/.installed  ## the package and its command, in .venv
 
 reproduce: $(VENV)/.installed  ## the whole experiment, into runs/laptop
 	$(BIN)/mingpt reproduce
@@ -25,6 +27,10 @@ check: $(VENV)/.installed-dev  ## what CI checks: format, lint, types, tests
 notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a quick look
 	$(BIN)/python notebooks/run.py
 
+docs: $(VENV)/.installed-dev  ## the manual, in docs/build/html; warnings are errors, and nothing is downloaded
+	$(BIN)/python docs/update_numbers.py --check
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/build/html
+
 bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process
 	$(INSTALL) --editable '.[hf,grammar]'
 	$(BIN)/python benchmarks/bench_core.py
@@ -38,8 +44,8 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python setup.py constraints.txt
-	$(INSTALL) --editable '.[dev,hf,grammar,slurm,widget]'
+	$(INSTALL) --editable '.[dev,docs,hf,grammar,slurm,widget]'
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs docs/build docs/notebooks docs/reference/generated .pytest_cache .ruff_cache .hypothesis *.egg-info

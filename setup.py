@@ -35,6 +35,14 @@ setup(
         "slurm": ["submitit>=1.5"],
         "widget": ["anywidget>=0.9"],
         "notebooks": ["jupyterlab>=4"],
+        "docs": [
+            "sphinx>=8.2",
+            "myst-nb>=1.2",
+            "furo>=2024.8",
+            "sphinx-click>=6",
+            "sphinx-copybutton>=0.5",
+            "latex2mathml>=3.77",
+        ],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",

@@ -32,12 +32,16 @@ from mingpt.adapters import METHODS, size_for
 from mingpt.experiments.reproduction import KINDS, MIXED, results_table
 from mingpt.storage.cache import read_cached_json
 from mingpt.storage.weights import load_model
+from mingpt.tasks import PRETRAINING_TASKS
 
 ROOT = Path(__file__).parents[1]
 LAPTOP = ROOT / "checkpoints" / "laptop"
 MARKED = re.compile(r"<!--= (?P<source>.+?) -->(?P<text>.*?)<!--=-->", re.DOTALL)
 NO_CLAIM = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv[ :][\d.]+|Python [\d.]+", re.DOTALL)
 TYPED = re.compile(r"[^\s|(]*(?:\d\.\d|\d%)[^\s|)]*")
+SEVEN = [str(task) for task in PRETRAINING_TASKS]
+COMPOSED = ["SortAscending+Add1", "Add1+LessThan", "LessThan+Add1", "Divisible+Add1"]
+PREFIXES = ["prompt", "activation", "key_value", "key_value-mlp", "value", "cartridge", "gated"]
 HARD = ["FilterAtLeastNTimes", "LessThan+SortAscending", "SortAscending+Add1", "MoreThanEqual", "DoubleHistogram"]
 
 Selection = Any
@@ -136,14 +140,16 @@ def seconds(stage: str) -> str:
     return f"{sum(own.values()) if stage == 'all' else own[stage]:.0f}"
 
 
-def printed(notebook: str, line: str, n: int = 0) -> str:
-    """The n-th number after the beginning of a printed line: ``printed("01", "fine-tuned, descending")``."""
+def printed(notebook: str, text: str, n: int = 0, line: int | None = None) -> str:
+    """The n-th number after ``text`` in a notebook's output, in the line-th of the lines that begin with it."""
     (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
     outputs = [each for cell in json.loads(path.read_text())["cells"] for each in cell.get("outputs", [])]
-    text = "\n".join("".join(each.get("text") or each.get("data", {}).get("text/plain", "")) for each in outputs)
-    start = " +".join(map(re.escape, line.split()))
-    (found,) = re.findall(rf"^ *{start}\b(.*)$", text, re.MULTILINE)
-    return re.findall(r"[\d.,]*\d(?:e-\d+)?", found)[n]
+    everything = "\n".join("".join(each.get("text") or each.get("data", {}).get("text/plain", "")) for each in outputs)
+    begin = " +".join(map(re.escape, text.split()))
+    found = re.findall(rf"^ *{begin}(?![\w+])(.*)$", everything, re.MULTILINE)
+    if len(found) != 1 and line is None:
+        raise ValueError(f"{len(found)} lines of notebook {notebook} begin with {text!r}; line= says which")
+    return re.findall(r"[\d.,]*\d(?:e-\d+)?", found[line or 0])[n]
 
 
 def published(figure: str) -> str:

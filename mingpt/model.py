@@ -11,7 +11,6 @@ Sources: GPT-2 (Radford et al. 2019); the names and the presets are those of min
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import ExitStack
 from functools import reduce
@@ -30,7 +29,6 @@ from mingpt.utils import CfgNode, nearest
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-logger = logging.getLogger("mingpt")
 
 PRESETS = {
     "openai-gpt": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 117M parameters
@@ -209,7 +207,6 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer) if is_gpt2 else 0.0)
             elif name.endswith(("c_attn.weight", "c_fc.weight")) and not is_gpt2:
                 nn.init.normal_(parameter, mean=0.0, std=1 / math.sqrt(config.n_embd))
-        logger.info("number of parameters: %.2fM", self.n_parameters / 1e6)
 
     @property
     def n_parameters(self) -> int:

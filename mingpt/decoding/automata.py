@@ -192,9 +192,9 @@ class PDA:
         """When a symbol that was just pushed can be gone, and when all can end: in how many tokens exactly.
 
         Returns:
-            popped: (D, S, G, S', N + 1) of float, 1 where from state S, with symbol G just pushed and room for 0, ...,
-                D - 1 more, exactly so many tokens can lead to its removal, into state S'.
-            ended: (S, N + 1) of float, 1 where from state S with an empty stack they can lead to acceptance.
+            Two tensors of float. One (D, S, G, S', N + 1) is 1 where from state S, with symbol G just pushed and room
+            for 0, ..., D - 1 more, exactly so many tokens can lead to its removal, into state S'. The other (S, N + 1)
+            is 1 where from state S with an empty stack they can lead to acceptance.
         """
         n_states, n_tops, _ = self.next.shape
         exists = self.next >= 0

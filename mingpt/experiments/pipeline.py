@@ -2,7 +2,7 @@
 
 A run is a folder. A stage that was cut off goes on from its last state, in a folder beside its file. Every file says by
 its cache key what it was made of. A model of other settings is refused, since all else in the folder is for it;
-a prefix or a fine-tuned model of other settings is made beside the one that is there.
+a prefix or a fine-tuned model of other settings is made beside the one that is there::
 
     config.json                        the run's settings, the default of every command on the folder
     model.safetensors                  the pretrained model
@@ -73,7 +73,9 @@ def build_model(config: CfgNode, tasks: Sequence[Task] = EVERY_TASK) -> GPT:
             **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
         }
     )
-    return GPT(model_config)
+    model = GPT(model_config)
+    logger.info("number of parameters: %.2fM", model.n_parameters / 1e6)
+    return model
 
 
 # -------------------------------------------------------------------------------------------------- whole models

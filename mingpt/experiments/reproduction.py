@@ -1,6 +1,6 @@
 """The flagship experiment: pretrain one model, train a prefix for each task, and score them all.
 
-A run is a folder; ``mingpt.experiments.pipeline`` says what its stages leave there. This module adds
+A run is a folder; ``mingpt.experiments.pipeline`` says what its stages leave there. This module adds::
 
     results.json                       the scores, a function of the model, the prefixes and the evaluation's settings
     figures/*.png                      drawn from it

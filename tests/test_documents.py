@@ -1,7 +1,7 @@
-"""README.md is true: its snippets and commands run, one after the other, in a fresh folder with the stored run.
+"""README.md and the manual are true: snippets and commands run, each page in a folder with the stored run.
 
-Python blocks share one namespace, as in a notebook; a block that begins with the name of a file is also written to it.
-Of other blocks each line is a command of a shell. Only what ``SMALLER`` says is changed before a block runs.
+Python blocks of a page share one namespace, as in a notebook. A block that begins with the name of a file is also
+written to it. Of other blocks each line is a command of a shell. Only what ``SMALLER`` says is changed before.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ import pytest
 from mingpt import cli
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+README = REPOSITORY / "README.md"
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "checkpoints" / "README.md"]
+PAGES += [each for each in sorted((REPOSITORY / "docs").rglob("*.md")) if "generated" not in each.parts]
 
 SMALLER = {
+    r"max_iters = 20\b": "max_iters = 2",
     r"max_iters = 2000": "max_iters = 2",
-    r"prefix\.max_iters=3000": "prefix.max_iters=3",
+    r"max_iters = \[400\]": "max_iters = [2]",
+    r"^seeds = \[0, .*$": "seeds = [0]",
+    r"prefix\.max_iters=2500": "prefix.max_iters=3",
     r"^make ": f"make --dry-run --directory {shlex.quote(str(REPOSITORY))} ",
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",
@@ -34,8 +39,14 @@ SMALLER = {
 }
 """What is made smaller, so that the test ends in time: patterns, and what takes their place."""
 
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SLOW = ("torchrun", "mingpt prefix", "mingpt reproduce")
+BLOCKS = {
+    (page, number): block
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+}
+"""The language and the text of each block, by its page and number."""
+
+SLOW = ("torchrun", "mingpt prefix", "mingpt reproduce", "mingpt sweep")
 """A block with one of these trains, or starts several processes."""
 
 WORKER = """
@@ -46,7 +57,7 @@ for line in sys.stdin:
     printed, error = io.StringIO(), None
     try:
         with contextlib.redirect_stdout(printed):
-            exec(compile(json.loads(line), "README.md", "exec"), namespace)
+            exec(compile(json.loads(line), "block", "exec"), namespace)
     except BaseException:
         error = traceback.format_exc()
     print(json.dumps([printed.getvalue(), error]), flush=True)
@@ -55,10 +66,10 @@ for line in sys.stdin:
 
 
 class Reader:
-    """Someone who follows README.md from the top, in a folder of their own."""
+    """Someone who follows a page from the top, in a folder of their own."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.n_done = folder, 0
+    def __init__(self, page: Path, folder: Path):
+        self.page, self.folder, self.n_done = page, folder, 0
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"PYTHONPATH": str(REPOSITORY), "PATH": path, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
         self.environment = os.environ | own
@@ -69,22 +80,25 @@ class Reader:
 
     def read_to(self, number: int) -> None:
         """Run this block, and of those before it the ones that are quick and were not run yet."""
-        earlier = [each for each in range(self.n_done, number) if not is_slow(BLOCKS[each][1])]
+        earlier = [each for each in range(self.n_done, number) if not is_slow(BLOCKS[self.page, each][1])]
         self.n_done = number + 1
         for each in [*earlier, number]:
             self.run(each)
 
     def run(self, number: int) -> None:
-        language, block = BLOCKS[number]
+        language, block = BLOCKS[self.page, number]
         for pattern, smaller in SMALLER.items():
             block = re.sub(pattern, smaller, block, flags=re.MULTILINE)
-        known = {"python": self.run_python, "bash": self.run_shell}
+        known = {"python": self.run_python, "bash": self.run_shell, "toml": self.write}
         assert language in known, f"block {number} is {language!r}, and the test cannot run that: {block}"
         known[language](block)
 
-    def run_python(self, block: str) -> None:
-        if name := re.match(r"# (\w+\.py)\n", block):
+    def write(self, block: str) -> None:
+        if name := re.match(r"# (\w+\.\w+)\n", block):
             (self.folder / name[1]).write_text(block)
+
+    def run_python(self, block: str) -> None:
+        self.write(block)
         assert self.python.stdin
         assert self.python.stdout
         self.python.stdin.write(json.dumps(block) + "\n")
@@ -102,38 +116,58 @@ class Reader:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
 def is_slow(block: str) -> bool:
     return any(word in block for word in SLOW)
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(REPOSITORY / "checkpoints" / "laptop", folder / "checkpoints" / "laptop")
-    reader = Reader(folder)
-    with reader.python:  # its pipes are closed at the end, which ends it
-        yield reader
+def readers(tmp_path_factory):
+    """A reader for each page that is read."""
+    found: dict[Path, Reader] = {}
+
+    def reader(page: Path) -> Reader:
+        if page not in found:
+            folder = tmp_path_factory.mktemp(page.stem)
+            shutil.copytree(REPOSITORY / "checkpoints" / "laptop", folder / "checkpoints" / "laptop")
+            found[page] = Reader(page, folder)
+        return found[page]
+
+    yield reader
+    for each in found.values():
+        with each.python:  # its pipes are closed, which ends it
+            pass
 
 
 @pytest.mark.parametrize(
-    "number",
-    [pytest.param(i, marks=pytest.mark.slow if is_slow(block) else ()) for i, (_, block) in enumerate(BLOCKS)],
+    ("page", "number"),
+    [
+        pytest.param(*key, marks=pytest.mark.slow if is_slow(block) else (), id=f"{name_of(key[0])}-{key[1]}")
+        for key, (_, block) in BLOCKS.items()
+    ],
 )
-def test_each_block_runs(reader, number):
-    reader.read_to(number)
+def test_each_block_runs(readers, page, number):
+    readers(page).read_to(number)
 
 
 def test_all_blocks_are_found():
-    assert len(BLOCKS) == README.count("\n```") / 2
-    assert len(BLOCKS) > 10
+    text = README.read_text()
+    assert sum(page == README for page, _ in BLOCKS) == text.count("\n```") / 2
+    assert len(BLOCKS) > 30
 
 
 @pytest.mark.parametrize("pattern", SMALLER)
 def test_what_is_made_smaller_is_there(pattern):
-    assert re.search(pattern, "\n".join(block for _, block in BLOCKS), re.MULTILINE)
+    assert re.search(pattern, "\n".join(block for _, block in BLOCKS.values()), re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(re.findall(r"`mingpt ([^`]+?)`", README)))
+COMMANDS = [command for page in PAGES for command in re.findall(r"`mingpt ([^`]+?)`", page.read_text())]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_the_commands_within_the_text_are_right(command):
     """Their names and options; what the longer ones do is seen above."""
     name, *arguments = shlex.split(command)
@@ -142,21 +176,24 @@ def test_the_commands_within_the_text_are_right(command):
     known.make_context(name, arguments)
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
-PAGES += [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
-
-
 def test_the_manual_has_the_method_that_the_package_has():
     source = (REPOSITORY / "mingpt/adapters/bitfit.py").read_text()
-    assert source[source.index("class BitFit") :] in (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert source in (REPOSITORY / "docs/how_to/method.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_pages_point_to_is_there(page):
-    text = (REPOSITORY / page).read_text()
+    text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     files = re.findall(r"`((?:mingpt|tests|benchmarks|docs|notebooks|checkpoints|studies)/[\w./+-]+)`", text)
     for path in links:
-        assert ((REPOSITORY / page).parent / path).exists(), path
+        assert (page.parent / path).exists(), path
     for path in files:
         assert (REPOSITORY / path).exists(), path
+
+
+def test_numbers_are_those_of_the_files_of_results():
+    """A number that was changed by hand in a page, or in a file of results, is found."""
+    command = [sys.executable, "docs/update_numbers.py", "--check"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
