@@ -29,6 +29,7 @@ notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a qui
 
 docs: $(VENV)/.installed-dev  ## the manual, in docs/build/html; warnings are errors, and nothing is downloaded
 	$(BIN)/python docs/update_numbers.py --check
+	$(BIN)/python studies/figures.py --check
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/build/html
 
 bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process

@@ -1,25 +1,36 @@
-"""Draw the figures of docs/studies and print their tables: ``python studies/figures.py [methods length ...]``."""
+"""Draw the figures of README.md and the studies from the files of results.
+
+    python studies/figures.py [methods length ...]    # draws all, or those named
+    python studies/figures.py --check                 # fails where one is of other results than there are now
+
+A figure's file says what it was drawn from, and the hash of that.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
 
 from mingpt.analysis.seed_figures import seed_dots, seed_lines
+from mingpt.experiments.reproduction import result_figures
 
-STUDIES, DOCS = Path("studies"), Path("docs/studies")
+ROOT = Path(__file__).parents[1]
+STUDIES, DOCS = ROOT / "studies", ROOT / "docs"
 
 
 def read(name: str) -> pd.DataFrame:
     return pd.read_csv(STUDIES / f"{name}.csv")
 
 
-def markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+def hash_of(sources: list[str]) -> str:
+    """Of the content of these files of the repository."""
+    return hashlib.sha256(b"".join((ROOT / each).read_bytes() for each in sources)).hexdigest()
 
 
 def chosen(results: pd.DataFrame, *keys: str) -> pd.DataFrame:
@@ -29,129 +40,108 @@ def chosen(results: pd.DataFrame, *keys: str) -> pd.DataFrame:
     return results.merge(best[[*keys, "learning_rate"]])
 
 
-def spread(results: pd.DataFrame, rows: str | list[str], columns: str) -> str:
-    """Mean and standard deviation over seeds in percent, as Markdown."""
-    grouped = 100 * results.pivot_table("accuracy", rows, columns, aggfunc=["mean", "std"], sort=False)
-    text = grouped["mean"].map("{:.1f}".format) + " ± " + grouped["std"].map("{:.1f}".format)
-    return markdown(text.reset_index())
+def by_mean(results: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
+    """The methods with the largest mean first, or of a loss the smallest."""
+    order = results.groupby("method")[value].mean().sort_values(ascending=value == "loss").index
+    return results.set_index("method").loc[order].reset_index()
 
 
-def methods() -> None:
-    results = read("methods/results").merge(read("methods/seconds"))
-    order = results.groupby("method")["accuracy"].mean().sort_values(ascending=False).index
-    results = results.set_index("method").loc[order].reset_index()
+def laptop() -> dict[str, Figure]:
+    results = json.loads((ROOT / "checkpoints/laptop/results.json").read_text())["value"]
+    found = result_figures(results)
+    return {name: found[name] for name in ("prefix_effect", "curves")}
+
+
+def methods() -> dict[str, Figure]:
     title = "Nine tasks, at most 1,000 iterations of 16 rows"
-    seed_dots(results, "method", "task", title).savefig(DOCS / "methods.png", dpi=150)
-    print(spread(results, "method", "task"))
-    costs = results.groupby("method", sort=False)[["learning_rate", "n_parameters", "n_iters", "seconds"]].mean()
-    print(markdown(costs.map("{:.4g}".format).reset_index()))
-    hard = results[results["task"].isin(["FilterAtLeastNTimes", "SortAscending+Add1", "LessThan+SortAscending"])]
-    curves = pd.DataFrame(hard["curve"].map(json.loads).tolist(), index=hard["method"])  # on validation rows
-    print(
-        markdown((100 * curves.ffill(axis=1)[[1, 3, 6, 9]].groupby("method", sort=False).mean()).round(1).reset_index())
-    )
+    return {"studies/methods": seed_dots(by_mean(read("methods/results")), "method", "task", title)}
 
 
-def methods_longer() -> None:
-    results = pd.concat([read("methods/results"), read("methods_longer/results")])
-    results = results[results["task"].isin(read("methods_longer/results")["task"])]
-    longest = results[results["max_iters"] == results["max_iters"].max()]
-    order = longest.groupby("method")["accuracy"].mean().sort_values(ascending=False).index
-    longest = longest.set_index("method").loc[order].reset_index()
+def methods_longer() -> dict[str, Figure]:
     title = "The four hard tasks, at most 2,500 iterations of 16 rows"
-    seed_dots(longest, "method", "task", title).savefig(DOCS / "methods_longer.png", dpi=150)
-    print(spread(longest, "method", "task"))
-    ends = longest.assign(is_at_plateau=longest["n_iters"] < longest["max_iters"])
-    print(markdown(ends.pivot_table("is_at_plateau", "method", "task", aggfunc="sum", sort=False).reset_index()))
-    seconds = longest.merge(read("methods_longer/seconds")).groupby("method", sort=False)[["n_iters", "seconds"]].mean()
-    print(markdown(seconds.round(1).reset_index()))
+    return {"studies/methods_longer": seed_dots(by_mean(read("methods_longer/results")), "method", "task", title)}
 
 
-def one_layer() -> None:
+def one_layer() -> dict[str, Figure]:
     results = chosen(read("one_layer/results"), "method", "size", "task")
     results["method and size"] = results["method"] + " " + results["size"].astype(str)
     title = "What a model of one layer, which sorts in ascending order, learns"
-    for value, name in (("accuracy", "one_layer"), ("loss", "one_layer_loss")):
-        figure = seed_dots(results, "method and size", "task", title, value, n_columns=3)
-        figure.savefig(DOCS / f"{name}.png", dpi=150)
-    print(spread(results, ["method", "size", "n_parameters"], "task"))
+    return {
+        f"studies/{name}": seed_dots(results, "method and size", "task", title, value, n_columns=3)
+        for value, name in (("accuracy", "one_layer"), ("loss", "one_layer_loss"))
+    }
 
 
-def one_layer_iterations() -> None:
+def one_layer_iterations() -> dict[str, Figure]:
     results = read("one_layer_iterations/results")
-    figure = seed_lines(results, "max_iters", "method", "task", label="iterations")
-    figure.savefig(DOCS / "one_layer_iterations.png", dpi=150)
-    print(spread(results, ["method", "size", "n_parameters"], "max_iters"))
+    return {"studies/one_layer_iterations": seed_lines(results, "max_iters", "method", "task", label="iterations")}
 
 
-def double_histogram() -> None:
-    results = read("double_histogram/results")
-    order = results.groupby("method")["loss"].mean().sort_values().index
-    results = results.set_index("method").loc[order].reset_index()
-    for value, name in (("accuracy", "double_histogram"), ("loss", "double_histogram_loss")):
-        figure = seed_dots(results, "method", "task", "10,000 iterations", value)
-        figure.savefig(DOCS / f"{name}.png", dpi=150)
-    print(spread(results, ["method", "n_parameters", "learning_rate"], "task"))
-    print(results.groupby("method", sort=False)["loss"].agg(["mean", "std"]).round(3))
+def double_histogram() -> dict[str, Figure]:
+    results = by_mean(read("double_histogram/results"), "loss")
+    return {
+        f"studies/{name}": seed_dots(results, "method", "task", "10,000 iterations", value)
+        for value, name in (("accuracy", "double_histogram"), ("loss", "double_histogram_loss"))
+    }
 
 
-def length() -> None:
+def length() -> dict[str, Figure]:
     results = read("length/results").assign(kept="trained at this length")
     cut = read("edits/biases").rename(columns={"number": "size"})
     names = {"positions": "shortened from ten", "directions": "ten, biases in so many directions"}
     both = pd.concat([results, cut[cut["size"] > 0].assign(kept=cut["kept"].map(names))])
     title = "How long must a prefix be? Key_value, at most 1,500 iterations of 16 rows"
-    seed_lines(both, "size", "kept", "task", title, label="positions").savefig(DOCS / "length.png", dpi=150)
-    print(spread(results, "size", "task"))
-    print(spread(cut, ["kept", "size"], "task"))
+    return {"studies/length": seed_lines(both, "size", "kept", "task", title, label="positions")}
 
 
-def controls() -> None:
+def controls() -> dict[str, Figure]:
     results = read("controls/results")
     names = {"runs/untrained": "untrained", "runs/without_sorts": "five tasks, no sort"}
     results["pretraining"] = results["run"].map(names)
     title = "The same prefixes for other models"
-    seed_dots(results, "pretraining", "task", title, n_columns=4).savefig(DOCS / "controls.png", dpi=150)
-    print(spread(results, "pretraining", "task"))
-    print(markdown((100 * read("edits/constants").set_index("task")).round(2).reset_index()))
+    return {"studies/controls": seed_dots(results, "pretraining", "task", title, n_columns=4)}
 
 
-def keys() -> None:
+def keys() -> dict[str, Figure]:
     results = read("edits/keys")
     results = results[(results["layers"] == "all") | (results["keys"] != "own")]
     results["keys"] = results["keys"] + results["layers"].map(lambda own: "" if own == "all" else f", layer {own}")
-    figure = seed_dots(results, "keys", "task", "The same values with other keys")
-    figure.savefig(DOCS / "keys.png", dpi=150)
-    print(spread(results, "keys", "task"))
+    return {"studies/keys": seed_dots(results, "keys", "task", "The same values with other keys")}
 
 
-def inits() -> None:
-    results = read("edits/inits")
-    seed_dots(results, "init", "task", "400 iterations from each").savefig(DOCS / "inits.png", dpi=150)
-    print(spread(results, "init", "task"))
-    answers = 100 * read("edits/answers").pivot_table("accuracy", "task", "prefix", sort=False)
-    print(markdown(answers.round(1).reset_index()))
+def inits() -> dict[str, Figure]:
+    return {"studies/inits": seed_dots(read("edits/inits"), "init", "task", "400 iterations from each")}
+
+
+SOURCES = {
+    laptop: ["checkpoints/laptop/results.json"],
+    methods: ["studies/methods/results.csv"],
+    methods_longer: ["studies/methods_longer/results.csv"],
+    one_layer: ["studies/one_layer/results.csv"],
+    one_layer_iterations: ["studies/one_layer_iterations/results.csv"],
+    double_histogram: ["studies/double_histogram/results.csv"],
+    length: ["studies/length/results.csv", "studies/edits/biases.csv"],
+    controls: ["studies/controls/results.csv"],
+    keys: ["studies/edits/keys.csv"],
+    inits: ["studies/edits/inits.csv"],
+}
+"""The files of results that each function draws."""
 
 
 def main() -> None:
-    DOCS.mkdir(parents=True, exist_ok=True)
-    known = {
-        each.__name__: each
-        for each in (
-            methods,
-            methods_longer,
-            one_layer,
-            one_layer_iterations,
-            double_histogram,
-            length,
-            controls,
-            keys,
-            inits,
-        )
-    }
-    for name in sys.argv[1:] or known:
-        print(f"\n## {name}\n")
-        known[name]()
+    """Draw, or with --check look at what is there."""
+    if "--check" in sys.argv:
+        hashes = {hash_of(sources) for sources in SOURCES.values()}
+        drawn = {path: Image.open(path).info.get("Hash") for path in [*DOCS.glob("*.png"), *DOCS.glob("studies/*.png")]}
+        stale = [str(path.relative_to(ROOT)) for path, own in drawn.items() if own and own not in hashes]
+        sys.exit(f"of other results than there are now: {', '.join(stale)}" if stale else 0)
+    for draw, sources in SOURCES.items():
+        if sys.argv[1:] and draw.__name__ not in sys.argv[1:]:
+            continue
+        for name, figure in draw().items():
+            metadata = {"Source": ", ".join(sources), "Hash": hash_of(sources)}
+            figure.savefig(DOCS / f"{name}.png", dpi=150, metadata=metadata)
+            print(f"docs/{name}.png")
 
 
 if __name__ == "__main__":

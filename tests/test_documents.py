@@ -192,8 +192,8 @@ def test_what_pages_point_to_is_there(page):
         assert (REPOSITORY / path).exists(), path
 
 
-def test_numbers_are_those_of_the_files_of_results():
-    """A number that was changed by hand in a page, or in a file of results, is found."""
-    command = [sys.executable, "docs/update_numbers.py", "--check"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["docs/update_numbers.py", "studies/figures.py"])
+def test_numbers_and_figures_are_of_the_files_of_results(script):
+    """What was changed by hand in a page, or in a file of results, is found."""
+    done = subprocess.run([sys.executable, script, "--check"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

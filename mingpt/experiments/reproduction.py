@@ -33,6 +33,7 @@ from mingpt.training.metrics import read_metrics, validation_curves
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 logger = logging.getLogger("mingpt")
@@ -261,6 +262,34 @@ def format_table(results: Mapping[str, Any]) -> str:
     )
 
 
+def result_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
+    """What ``reproduce`` found: the matrix, what a prefix adds, accuracy by position, curves of the hardest tasks."""
+    from pandas import DataFrame
+
+    from mingpt.analysis import figures as draw
+
+    evaluation = results["config"]["evaluation"]
+    with_prefix, without = scores_of(results, "key_value", "without")
+    groups: dict[str, list[str]] = {}
+    for name, row in results["tasks"].items():
+        groups.setdefault(row["group"], []).append(name)
+    hard = sorted(with_prefix, key=lambda task: with_prefix[task].accuracy)[:4]
+    return {
+        "matrix": draw.accuracy_matrix_figure(
+            DataFrame.from_dict(results["matrix"], "index"),
+            f"Every prefix on every task ({evaluation['n_matrix_rows']} rows)",
+        ),
+        "prefix_effect": draw.paired_bars(with_prefix, without, groups, title="What a prefix adds"),
+        "positions": draw.position_accuracy_figure(
+            with_prefix, title=f"Rows that are right so far ({evaluation['n_rows']} rows)"
+        ),
+        "curves": draw.validation_curves(
+            {task: {kind: results["curves"][kind][task] for kind in KINDS} for task in hard},
+            "Accuracy on validation rows while prefixes are trained",
+        ),
+    }
+
+
 def draw_figures(
     config: CfgNode, run: Path, model: GPT, prefixes: Mapping[str, Prefix], results: Mapping[str, Any]
 ) -> None:
@@ -273,31 +302,13 @@ def draw_figures(
         prefixes: key_value ones by task name.
         results: see ``reproduce``.
     """
-    from pandas import DataFrame
-
     from mingpt.analysis import figures as draw
 
-    n_rows, n_matrix_rows = config.evaluation.n_rows, config.evaluation.n_matrix_rows
-    with_prefix, without = scores_of(results, "key_value", "without")
-    groups: dict[str, list[str]] = {}
-    for name, row in results["tasks"].items():
-        groups.setdefault(row["group"], []).append(name)
-    found = {
-        "matrix": draw.accuracy_matrix_figure(
-            DataFrame.from_dict(results["matrix"], "index"), f"Every prefix on every task ({n_matrix_rows} rows)"
-        ),
-        "prefix_effect": draw.paired_bars(with_prefix, without, groups, title="What a prefix adds"),
-        "positions": draw.position_accuracy_figure(with_prefix, title=f"Rows that are right so far ({n_rows} rows)"),
-        "pretraining": draw.learning_curves(
-            {"pretraining": read_metrics(run / "pretraining" / "metrics.jsonl")},
-            title="Pretraining on seven tasks mixed",
-            floor=results["bayes_loss"],
-        ),
-    }
-    hard = sorted(with_prefix, key=lambda task: with_prefix[task].accuracy)[:4]
-    found["curves"] = draw.validation_curves(
-        {task: {kind: results["curves"][kind][task] for kind in KINDS} for task in hard},
-        "Accuracy on validation rows while prefixes are trained",
+    found = result_figures(results)
+    found["pretraining"] = draw.learning_curves(
+        {"pretraining": read_metrics(run / "pretraining" / "metrics.jsonl")},
+        title="Pretraining on seven tasks mixed",
+        floor=results["bayes_loss"],
     )
     # What the model looks at while it solves a row, without a prefix and with one.
     name = next(iter(prefixes))
