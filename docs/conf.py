@@ -25,6 +25,8 @@ html_theme = "furo"
 html_title = project
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -33,7 +35,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "ignore-module-all": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "ignore-module-all": True}
 napoleon_custom_sections = [("Keys", "params_style")]
 napoleon_use_ivar = True
 html_math_renderer = "mathml"
@@ -63,7 +65,14 @@ def visit_math(translator, node) -> None:
     raise SkipNode
 
 
+def keep_colon(app, what, name, obj, options, lines) -> None:
+    """Napoleon takes what stands before the first colon of an attribute's docstring for its type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[:] = "\n".join(lines).replace(": ", " \N{EN DASH} ", 1).split("\n")
+
+
 def setup(app) -> None:
     copy_notebooks()
     app.connect("source-read", link_notebooks)
+    app.connect("autodoc-process-docstring", keep_colon, priority=100)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
