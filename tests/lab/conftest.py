@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,20 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def quiet_page(browser, **options) -> Iterator[tuple[Any, list[str]]]:
+    """An empty page, on whose console nothing may be said and in which nothing may go wrong; and the list of what it
+    asks a network for."""
+    context = browser.new_context(reduced_motion="reduce", **options)
+    page, noise, requests = context.new_page(), [], []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    yield page, requests
+    assert noise == []
+    context.close()
 
 
 @pytest.fixture(scope="package")

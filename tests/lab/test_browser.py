@@ -6,10 +6,11 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from lab.conftest import LAPTOP
+from lab.conftest import LAPTOP, quiet_page
 
 from mingpt.evaluation import predict
 from mingpt.experiments.pipeline import load_run
@@ -21,17 +22,11 @@ VIEWS = ["Ask", "Mix", "Look", "Matrix", "Curves", "About"]
 @contextlib.contextmanager
 def opened(browser, path, **options) -> Iterator:
     """The page, on which nothing may be asked of a network, nothing said on the console, and nothing go wrong."""
-    context = browser.new_context(reduced_motion="reduce", **options)
-    page, noise, requests = context.new_page(), [], []
-    page.on("console", lambda message: noise.append(message.text))
-    page.on("pageerror", lambda error: noise.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("[data-is-ready]")
-    yield page
-    assert noise == []
-    assert requests == [path.as_uri()]
-    context.close()
+    with quiet_page(browser, **options) as (page, requests):
+        page.goto(path.as_uri())
+        page.wait_for_selector("[data-is-ready]")
+        yield page
+        assert requests == [path.as_uri()]
 
 
 def open_view(page, name):
@@ -100,6 +95,95 @@ def test_a_view_can_be_used(browser, laptop_page, tmp_path, view, width, color_s
             for node in each["nodes"]
         ]
         assert faults == []
+
+
+RGB = """
+const rgb = (colour) => {
+    const context = new OffscreenCanvas(1, 1).getContext("2d");
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+};
+"""
+
+
+def contrast(one, other):
+    """The contrast ratio of WCAG 2 of two colours, each red, green and blue of 0 to 255."""
+
+    def luminance(colour):
+        share = np.array(colour) / 255
+        return np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92) @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_maps_follow_the_colour_scheme(browser, laptop_page):
+    """A map's 0 is a grey that is almost the page's background, its 1 is not, also when the scheme changes later."""
+    with opened(browser, laptop_page) as page:
+        view = open_view(page, "Look")
+        for mode, head in (("with the prefix", "layer 2, head 3"), ("the difference", "layer 2, head 4")):
+            view.get_by_label(mode).check()
+            view.get_by_role("button", name=head).click()
+            for scheme in ("light", "dark", "light"):
+                page.emulate_media(color_scheme=scheme)
+                background, *maps = page.evaluate(
+                    f"""async () => {{
+                        {RGB}
+                        await new Promise(requestAnimationFrame);
+                        const maps = [...document.querySelectorAll("canvas")].map((canvas) => {{
+                            const {{ width, height }} = canvas;
+                            const context = new OffscreenCanvas(width, height).getContext("2d");
+                            context.drawImage(canvas, 0, 0);
+                            const {{ data }} = context.getImageData(0, 0, width, height);
+                            const pixel = (i) => [...data.slice(4 * i, 4 * i + 3)];
+                            return Array.from({{ length: width * height }}, (_, i) => pixel(i));
+                        }});
+                        return [rgb(getComputedStyle(document.querySelector(".mingpt-lab")).backgroundColor), ...maps];
+                    }}"""
+                )
+                assert len(maps) == 17
+                for pixels in maps:
+                    zero = pixels[28]  # the first token of the row does not look at the last
+                    assert contrast(zero, background) < 1.2, (mode, scheme)
+                    assert max(zero) - min(zero) < 16, (mode, scheme)
+                big = maps[-1]
+                assert max(contrast(pixel, background) for pixel in big) > 3, (mode, scheme)
+                is_difference = mode == "the difference"
+                assert any(red > blue + 80 for red, _, blue in big) == is_difference, (mode, scheme)
+                assert any(blue > red + 30 for red, _, blue in big), (mode, scheme)
+
+
+def test_numbers_on_a_map_can_be_read(browser, laptop_page, module):
+    """On the colour of every share, and as the views have them, with a contrast of 4.5."""
+    shades = module(
+        """() => ["high", "bad"].flatMap((end) =>
+            Array.from({ length: 101 }, (_, i) => [shade(i / 100, end), onShade(i / 100)]))"""
+    )
+    with opened(browser, laptop_page) as page:
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for view in ("Look", "Matrix"):
+                open_view(page, view)
+            found = page.evaluate(
+                f"""(shades) => {{
+                    {RGB}
+                    const root = document.querySelector(".mingpt-lab");
+                    const added = shades.map(([background, color]) => {{
+                        const element = document.createElement("span");
+                        Object.assign(element.style, {{ background, color }});
+                        root.append(element);
+                        return element;
+                    }});
+                    return [...added, ...root.querySelectorAll(".heat [style]")].map((element) => {{
+                        const {{ color, backgroundColor }} = getComputedStyle(element);
+                        return [rgb(color), rgb(backgroundColor)];
+                    }});
+                }}""",
+                shades,
+            )
+            assert len(found) > 202 + 400
+            assert min(contrast(text, background) for text, background in found) >= 4.5, scheme
 
 
 def test_the_keyboard_reaches_everything(browser, laptop_page):

@@ -20,7 +20,9 @@ from mingpt.tasks import Add1, Task
 
 
 def header_of(text):
-    return json.loads(re.search(r'id="header">(.*?)</script>', text, re.DOTALL)[1])
+    found = re.search(r'id="header">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
 
 
 def test_the_laptops_page_is_small_and_asks_for_nothing(laptop_page):

@@ -4,7 +4,7 @@ import { about } from "./about.js";
 import { ask } from "./ask.js";
 import { curves } from "./curves.js";
 import { decodeBase64, Lab } from "./data.js";
-import { h } from "./dom.js";
+import { h, newId } from "./dom.js";
 import { look } from "./look.js";
 import { matrix } from "./matrix.js";
 import { mix } from "./mix.js";
@@ -15,9 +15,9 @@ const WITHOUT_MODEL = ["Curves", "About"];
 /** Show a lab in an element. */
 export function mount(root, lab) {
   const names = Object.keys(VIEWS).filter((name) => lab.hasModel || WITHOUT_MODEL.includes(name));
-  const id = (name) => `lab-${name.toLowerCase()}`;
+  const ids = Object.fromEntries(names.map((name) => [name, newId()]));
   const tabs = names.map((name) => h("button", {
-    role: "tab", id: `${id(name)}-tab`, "aria-controls": id(name), onclick: () => open(name),
+    role: "tab", id: `${ids[name]}-tab`, "aria-controls": ids[name], onclick: () => open(name),
     onkeydown: (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
@@ -26,7 +26,7 @@ export function mount(root, lab) {
       other.click();
     },
   }, name));
-  const panels = names.map((name) => h("div", { role: "tabpanel", id: id(name), "aria-labelledby": `${id(name)}-tab` }));
+  const panels = names.map((name) => h("div", { role: "tabpanel", id: ids[name], "aria-labelledby": `${ids[name]}-tab` }));
   function open(name) {
     names.forEach((each, i) => {
       tabs[i].setAttribute("aria-selected", each === name);
@@ -39,8 +39,9 @@ export function mount(root, lab) {
   }
   const header = h("header", {}, h("h1", {}, `Prefix-tuning lab: ${lab.about.run}`), h("div", { role: "tablist", "aria-label": "views" }, tabs));
   root.classList.add("mingpt-lab");
-  root.replaceChildren(header, h("main", {}, panels));
   root.lab = lab; // for the console
+  lab.root = root; // has the page's colours
+  root.replaceChildren(header, h("main", {}, panels));
   open(names[0]);
   root.dataset.isReady = "true";
 }

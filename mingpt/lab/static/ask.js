@@ -166,7 +166,7 @@ export function ask(lab) {
   lab.onChoice(answerRow, update);
   update();
   return h("section", {},
-    h("p", {}, "Type a row, or draw it in the bars. The model answers it with the prefix that is chosen; the darker a token, the surer it is."),
+    h("p", {}, "Type a row, or draw it in the bars. The model answers it with the prefix that is chosen; the stronger a token's colour, the surer it is."),
     h("div", { class: "controls" }, prefixes), picker,
     h("h3", {}, "The row"), editor, h("h3", {}, "The answer"), answerRow, solutionHeading, solutionRow, verdict, distribution,
     h("h3", {}, "What the other prefixes say of this row"), others);

@@ -71,6 +71,19 @@ export function chart(series, { title, x, y, yRange, categories }) {
   return h("figure", { class: "chart" }, h("figcaption", {}, title), svg, series.length > 1 && h("ul", { class: "legend" }, keys));
 }
 
+/** The colour [red, green, blue] of a number from -1 to 1 in an element's colour scheme; that of 0 is almost the page's. */
+export function ramp(element) {
+  const style = getComputedStyle(element);
+  const [low, high, bad] = ["low", "high", "bad"].map((name) => {
+    const digits = style.getPropertyValue(`--${name}`).trim(); // #rrggbb
+    return [1, 3, 5].map((at) => parseInt(digits.slice(at, at + 2), 16));
+  });
+  return (value) => {
+    const [end, share] = [value < 0 ? bad : high, Math.min(1, Math.abs(value))];
+    return low.map((start, i) => start + share * (end[i] - start));
+  };
+}
+
 /** Draw a matrix of numbers as coloured cells on a canvas. colourOf gives [red, green, blue] of 0 to 255. */
 export function paint(canvas, values, nRows, nColumns, colourOf) {
   [canvas.width, canvas.height] = [nColumns, nRows];

@@ -19,6 +19,12 @@ function fill(element, properties, children) {
   return element;
 }
 
+const idStart = `lab-${Math.random().toString(36).slice(2)}`; // a notebook may show the lab twice
+let nIds = 0;
+
+/** An id, or the name of a group of radio buttons, that nothing else in the document has. */
+export const newId = () => `${idStart}-${nIds++}`;
+
 /** A labelled choice. options: [[label, value], ...], or {group: [[label, value], ...]}. */
 export function select(label, options, value, onChange) {
   const all = [];
@@ -27,7 +33,7 @@ export function select(label, options, value, onChange) {
   const choices = Array.isArray(options)
     ? list(options)
     : Object.entries(options).map(([group, pairs]) => h("optgroup", { label: group }, list(pairs)));
-  const id = `choice-${radios.count++}`;
+  const id = newId();
   const element = h("select", { id, onchange: () => onChange(all[element.value]) }, choices);
   const field = h("div", { class: "field" }, h("label", { for: id }, label), element);
   field.show = (each) => (element.value = all.indexOf(each));
@@ -42,14 +48,13 @@ export function checkbox(label, isChecked, onChange) {
 
 /** A choice of which all possibilities are seen. options: [[label, value], ...]. */
 export function radios(legend, options, value, onChange) {
-  const name = `choice-${radios.count++}`;
+  const name = newId();
   const items = options.map(([text, each]) => {
     const input = h("input", { type: "radio", name, checked: each === value, onchange: () => onChange(each) });
     return h("label", { class: "check" }, input, text);
   });
   return h("fieldset", {}, h("legend", {}, legend), items);
 }
-radios.count = 0;
 
 /** A choice among the prefixes of a lab, by kind. */
 export function prefixSelect(lab, label, value, onChange, withNone = true) {

@@ -1,7 +1,7 @@
 // Look: where every head looks, what a prefix adds to the logits, and what each layer would answer.
 
 import { rowPicker } from "./ask.js";
-import { paint } from "./charts.js";
+import { paint, ramp } from "./charts.js";
 import { h, onShade, percent, prefixSelect, radios, select, shade, tokens } from "./dom.js";
 import { argmax, softmax } from "./model.js";
 
@@ -16,14 +16,6 @@ function observe(lab, row, prefix) {
   model.forward(sequence, cache, 1, record);
   return { answer, logits, record, sequence, nShared: shared.map((part) => part.n) };
 }
-
-const colours = {
-  weight: (value) => [245 - 234 * value, 247 - 168 * value, 250 - 102 * value],
-  difference: (value) => {
-    const size = Math.min(1, Math.abs(value));
-    return value > 0 ? [245 - 234 * size, 247 - 168 * size, 250 - 102 * size] : [245 - 69 * size, 247 - 205 * size, 250 - 223 * size];
-  },
-};
 
 export function look(lab) {
   const { nLayer, nHead, nEmbd, vocabSize } = lab.model;
@@ -77,15 +69,15 @@ export function look(lab) {
   }
 
   const word = () => (state.mode === "without" || lab.chosen.prefix === lab.none ? "padding" : "prefix");
-  const colourOf = () => (state.mode === "difference" ? colours.difference : colours.weight);
 
   function showHeads() {
     const buttons = [];
+    const colourOf = ramp(lab.root);
     for (let layer = 0; layer < nLayer; layer++) {
       for (let head = 0; head < nHead; head++) {
         const { values, nQueries, nKeys } = headValues(layer, head);
         const canvas = h("canvas", { "aria-hidden": "true" });
-        paint(canvas, values, nQueries, nKeys, colourOf());
+        paint(canvas, values, nQueries, nKeys, colourOf);
         const share = shareOfPrefix(layer, head);
         const text = `${state.mode === "difference" && share >= 0 ? "+" : ""}${percent(share)} to the ${word()}`;
         const isChosen = layer === state.layer && head === state.head;
@@ -107,7 +99,7 @@ export function look(lab) {
     queryNames.replaceChildren(...names.map((token, i) => h("span", { class: i < length ? "" : "answered" }, `${token}`)));
     keyNames.replaceChildren(...Array.from({ length: nShared }, (_, p) => h("span", { class: "before" }, `${p + 1}`)), ...[...queryNames.cloneNode(true).children]);
     bigTitle.textContent = `Layer ${state.layer + 1}, head ${state.head + 1}`;
-    paint(bigCanvas, values, nQueries, nKeys, colourOf());
+    paint(bigCanvas, values, nQueries, nKeys, ramp(lab.root));
     bigCanvas.setAttribute("aria-label", `attention of layer ${state.layer + 1}, head ${state.head + 1}; the arrow keys read it cell by cell`);
     state.query = Math.min(state.query, nQueries - 1);
     read();
@@ -214,15 +206,17 @@ export function look(lab) {
     showHeads();
   });
   lab.onChoice(heads, update);
+  // A canvas keeps its colours when the style sheet's change.
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => heads.isConnected && showHeads());
   update();
   return h("section", {},
     h("p", {}, "Each small map is a head: a line for each token of the row and of the answer, a column for each position that it looks at, the prefix first."),
     h("div", { class: "controls" }, prefixes, mode), picker, rowLine, heads,
     bigTitle, h("div", { class: "map" }, keyNames, queryNames, bigCanvas), reading,
-    h("p", { class: "note" }, "A line looks at the columns: first the positions of the prefix, then the row, then the answer, in bold. The pointer or the arrow keys read the map. The share is the mean over the tokens that answer."),
+    h("p", { class: "note" }, "A line looks at the columns: first the positions of the prefix, then the row, then the answer, in bold. The pointer or the arrow keys read the map. The share is the mean over the tokens that answer. In the difference, blue is more with the prefix and red is less."),
     h("h2", {}, "What each position adds to the logits"),
     h("p", {}, "Its value through the layer's output projection and the output head, where all heads look at it alone. Less the mean over tokens; the last LayerNorm's division and the later layers are left out."),
     h("div", { class: "controls" }, biasLayer), bias,
     h("h2", {}, "What each layer would answer"),
-    h("p", {}, "The residual stream after each layer, read as if it were the last (the logit lens). Darker is surer; bold is the final answer."), lens);
+    h("p", {}, "The residual stream after each layer, read as if it were the last (the logit lens). The stronger the colour, the surer; bold is the final answer."), lens);
 }
