@@ -43,7 +43,9 @@ class LoReFT(Adapter):
     def hooks(self) -> Iterator[RemovableHandle]:
         for block, basis, w, bias in zip(self.model.blocks, self.basis, self.w, self.bias, strict=True):
             with torch.autocast(self.model.device.type, enabled=False):
-                rotation, _ = torch.linalg.qr(self.own(basis).float())  # (K, C, R) with orthonormal columns
+                q, r = torch.linalg.qr(self.own(basis).float())  # (K, C, R) with orthonormal columns
+                # Householder's signs jump where a number of the basis crosses zero; a positive diagonal of r is smooth.
+                rotation = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None]
 
             def edit(
                 _: nn.Module, __: object, output: tuple, rotation: Tensor = rotation, w: Tensor = w, bias: Tensor = bias

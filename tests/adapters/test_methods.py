@@ -110,3 +110,16 @@ def test_an_adapter_is_read_back_as_it_was(tmp_path, name):
     next(other.parameters()).mul_(2)
     with pytest.raises(CheckpointError, match=r"one\.safetensors"):
         load_adapter(tmp_path / "one.safetensors", other)
+
+
+def test_loreft_does_not_jump_where_a_number_of_its_basis_crosses_zero():
+    model = new_model()
+    adapter = METHODS["loreft"](model, datasets()[0], SIZE)
+    x, outputs = datasets()[0].batch(range(5))[0], []
+    for value in (1e-6, -1e-6):
+        with torch.no_grad():
+            for basis in adapter.basis:
+                basis[0, 0, :] = value
+            with adapter.attached():
+                outputs.append(model(x)[0])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
