@@ -100,6 +100,11 @@ class LowRank(Adapter):
 
             yield on_output(layer, add)
 
+    def adapted_weights(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        """Each layer, and what its weight is with each adapter, (K, O, I)."""
+        for layer, a, b in zip(self._layers.values(), self.a, self.b, strict=True):
+            yield layer, layer.weight + self.scale * b @ a
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the updates of the one adapter to the weights, and detach: the model computes the same without it.
@@ -108,9 +113,9 @@ class LowRank(Adapter):
             RuntimeError: if the LoRA is merged already.
         """
         self.attach()
-        for layer, a, b in zip(self._layers.values(), self.a, self.b, strict=True):
-            (update,) = self.scale * b @ a
-            layer.weight += update
+        for layer, adapted in self.adapted_weights():
+            (weight,) = adapted
+            layer.weight.copy_(weight)
         self.detach()
         self.is_merged = True
 
@@ -180,6 +185,10 @@ class DoRA(MLPLoRA):
 
             yield on_output(layer, change)
 
+    def adapted_weights(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        for (layer, weight), magnitude in zip(super().adapted_weights(), self.magnitude, strict=True):
+            yield layer, weight * (magnitude / weight.norm(dim=2))[..., None]
+
 
 class VeRA(TargetedLoRA):
     """``W x + b * (B (d * A x))`` with trained vectors b and d over frozen random matrices (Kopiczko et al. 2024).
@@ -210,14 +219,19 @@ class VeRA(TargetedLoRA):
         for layer, d, out in zip(self._layers.values(), self.d, self.scale_out, strict=True):
 
             def add(x: Tensor, output: Tensor, layer: nn.Linear = layer, d: Tensor = d, out: Tensor = out) -> Tensor:
-                a, b = (
-                    self.own(self.shared_a)[..., : layer.in_features],
-                    self.own(self.shared_b)[:, : layer.out_features],
-                )
+                a, b = map(self.own, self._shared(layer))
                 inner = grouped(x.to(output.dtype), a.mT) * per_row(output, self.own(d))
                 return output + grouped(inner, b.mT) * per_row(output, self.own(out))
 
             yield on_output(layer, add)
+
+    def _shared(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        return self.shared_a[..., : layer.in_features], self.shared_b[:, : layer.out_features]
+
+    def adapted_weights(self) -> Iterator[tuple[nn.Linear, Tensor]]:
+        for layer, d, out in zip(self._layers.values(), self.d, self.scale_out, strict=True):
+            a, b = self._shared(layer)
+            yield layer, layer.weight + out[..., None] * (b @ (d[..., None] * a))
 
 
 class IA3(Adapter):

@@ -120,7 +120,7 @@ class UpperLayersPrefix(PartlyTrainedPrefix):
 
 
 class Cartridge(PartlyTrainedPrefix):
-    """A key_value prefix that begins as the cache of a solved row, cut to its size; the first position stays.
+    """A key_value prefix that begins as the cache of a row and its solution, cut to its size; the first position stays.
 
     As PEFT's ``CARTRIDGE`` (Eyuboglu et al. 2025), which begins as the cache of the text that it compresses. Its loss
     there imitates a model that reads the text; here, where the model cannot learn from context, it is the task's.

@@ -123,3 +123,19 @@ def test_loreft_does_not_jump_where_a_number_of_its_basis_crosses_zero():
             with adapter.attached():
                 outputs.append(model(x)[0])
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora-mlp", "lora-attention", "dora", "vera"])
+def test_merged_the_model_computes_what_it_did_with_the_adapter(name):
+    model = new_model()
+    adapter = METHODS[name](model, datasets()[0], SIZE)
+    x = datasets()[0].batch(range(5))[0]
+    with torch.no_grad():
+        before = model(x)[0]
+        for parameter in adapter.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        with adapter.attached():
+            attached = model(x)[0]
+        adapter.merge()
+        torch.testing.assert_close(model(x)[0], attached, atol=1e-4, rtol=1e-4)
+    assert (attached - before).abs().max() > 1e-2
