@@ -21,11 +21,13 @@ import functools
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mingpt.adapters import METHODS, size_for
@@ -46,6 +48,7 @@ HARD = ["FilterAtLeastNTimes", "LessThan+SortAscending", "SortAscending+Add1", "
 
 Selection = Any
 """What a column must be equal to, or a list of what it may be."""
+By = str | list[str] | None
 
 
 # ------------------------------------------------------------------------------------------------ the files of results
@@ -57,8 +60,28 @@ def read(name: str) -> pd.DataFrame:
 
     Args:
         name: "laptop" for the run in checkpoints/laptop; "five_seeds" for docs/five_seeds.csv; or a file of studies/
-            without its ending, where "methods" stands for "methods/results", with its seconds.
+            without its ending, where "methods" stands for "methods/results", with its seconds. Of a study "/chosen"
+            takes, for each method, size and task, the rate of the best mean accuracy, and of the smaller loss where
+            these are equal; "/curves" is one row for each time a training was validated, with that "accuracy", and
+            after its end with the last. The "accuracy" of "edits/constants" is that of whole rows. "+" puts files
+            behind one another.
     """
+    if "+" in name:
+        return pd.concat(map(read, name.split("+")), ignore_index=True)
+    study, _, what = name.partition("/")
+    if what == "chosen":
+        cells, keys = read(study), ["method", "size", "task"]
+        means = cells.groupby([*keys, "learning_rate"])[["accuracy", "loss"]].mean().reset_index()
+        best = means.sort_values(["accuracy", "loss"], ascending=[False, True]).drop_duplicates(keys)
+        return cells.merge(best[[*keys, "learning_rate"]])
+    if what == "curves":
+        cells = read(study)
+        step = tomllib.loads((ROOT / "studies" / f"{study}.toml").read_text())["prefix"]["validate_every"]
+        points = pd.DataFrame([dict(enumerate(json.loads(each), start=1)) for each in cells["curve"]]).ffill(axis=1)
+        points.columns *= step
+        return cells.drop(columns="accuracy").join(
+            points.melt(var_name="iteration", value_name="accuracy", ignore_index=False)
+        )
     if name == "laptop":
         rows = [
             {"task": task, "kind": kind, "n_iters": results()["n_iters"].get(kind, {}).get(task), **row[kind]}
@@ -71,6 +94,8 @@ def read(name: str) -> pd.DataFrame:
         found = pd.read_csv(ROOT / "docs" / "five_seeds.csv")
         return found.assign(accuracy=found["n_correct"] / found["n_rows"])
     found = pd.read_csv(ROOT / "studies" / f"{name if '/' in name else f'{name}/results'}.csv")
+    if name == "edits/constants":
+        return found.assign(accuracy=found["rows"])
     if "cell" in found and (ROOT / "studies" / name / "seconds.csv").exists():
         found = found.merge(pd.read_csv(ROOT / "studies" / name / "seconds.csv"))
     return found
@@ -108,17 +133,17 @@ def mean(name: str, digits: int = 1, column: str = "accuracy", **where: Selectio
     return _number(select(name, **where)[column].mean(), digits, column)
 
 
-def least(name: str, digits: int = 1, column: str = "accuracy", by: str | None = None, **where: Selection) -> str:
-    """The smallest of the selected rows, or of their means ``by`` a column, of an accuracy in percent."""
+def least(name: str, digits: int = 1, column: str = "accuracy", by: By = None, **where: Selection) -> str:
+    """The smallest of the selected rows, or of their means ``by`` a column or several, of an accuracy in percent."""
     return _number(_values(name, column, by, where).min(), digits, column)
 
 
-def most(name: str, digits: int = 1, column: str = "accuracy", by: str | None = None, **where: Selection) -> str:
+def most(name: str, digits: int = 1, column: str = "accuracy", by: By = None, **where: Selection) -> str:
     """The greatest, as ``least``."""
     return _number(_values(name, column, by, where).max(), digits, column)
 
 
-def _values(name: str, column: str, by: str | None, where: Mapping[str, Selection]) -> pd.Series:
+def _values(name: str, column: str, by: By, where: Mapping[str, Selection]) -> pd.Series:
     rows = select(name, **where)
     return rows.groupby(by)[column].mean() if by else rows[column]
 
@@ -169,7 +194,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], n_left: int =
 def table(
     name: str,
     rows: str | list[str],
-    columns: str = "task",
+    columns: str | Mapping[str, int] = "task",
     *,
     digits: int = 1,
     value: str = "accuracy",
@@ -178,50 +203,63 @@ def table(
     by: str | None = None,
     **where: Selection,
 ) -> str:
-    """Means and standard deviations, of accuracies in percent, or single numbers where each has one result.
+    """Means and standard deviations over seeds, of accuracies in percent; without the deviation where there is one
+    result, or more than one of a seed.
 
     Args:
         name: see ``read``.
         rows: the column, or columns, with a line for each value.
-        columns: the column with a column of the table for each value.
+        columns: the column with a column of the table for each value; or the columns that are shown themselves, with
+            their digits.
         digits: after the point.
         value: the column that is shown.
         means: further columns, each a mean over the line, with their formats.
-        order: by column, its values in the order in which they are shown; others are left out. The first counts most.
+        order: by column, its values in the order in which they are shown; others are left out, but values of
+            ``columns`` count for ``means`` and ``by``. The first counts most.
         by: order the lines by the mean of this column, "-accuracy" from the largest.
         where: see ``select``.
     """
     rows, order = [rows] if isinstance(rows, str) else rows, order or {}
-    found = select(name, **where, **{column: list(values) for column, values in order.items()})
+    found = select(name, **where, **{column: list(values) for column, values in order.items() if column != columns})
     found = found.astype({each: "string" for each in rows if found[each].isna().any()}).fillna(dict.fromkeys(rows, ""))
     lines = list(dict.fromkeys(found[rows].itertuples(index=False, name=None)))
     if by:
         ranks = found.groupby(rows)[by.lstrip("-")].mean() * (-1 if by[0] == "-" else 1)
         lines.sort(key=lambda line: ranks[line if len(line) > 1 else line[0]])
-    names = list(dict.fromkeys(found[columns]))
+    names = list(columns if isinstance(columns, Mapping) else order.get(columns, dict.fromkeys(found[columns])))
     for column, values in reversed(order.items()):
-        rank = list(values).index
-        if column == columns:
-            names.sort(key=rank)
-        else:
+        if column != columns:
+            rank = list(values).index
             lines.sort(key=lambda line, column=column, rank=rank: rank(line[rows.index(column)]))
     text: list[list[str]] = []
     for line in lines:
         own = found[(found[rows] == list(line)).all(axis=1)]
         shown = [f"{own[column].mean():{form}}" for column, form in (means or {}).items()]
-        cells = [own[own[columns] == each][value] for each in names]
-        numbers = [_cell(cell, digits, value) if len(cell) else "" for cell in cells]
+        if isinstance(columns, Mapping):
+            cells = [_cell(own, digit, column) for column, digit in columns.items()]
+        else:
+            cells = [_cell(own[own[columns] == each], digits, value) for each in names]
         above = lines[lines.index(line) - 1][0] if text and len(line) > 1 else None
         names_of_line = ["" if above == line[0] else line[0], *line[1:]]
-        text.append([*(str(each).removesuffix(".0") for each in names_of_line), *shown, *numbers])
+        text.append([*map(_name, names_of_line), *shown, *cells])
     titles = {"n_parameters": "parameters", "learning_rate": "rate", "n_iters": "iterations", "max_iters": "iterations"}
-    header = [titles.get(each, each) for each in (*rows, *(means or {}), *names)]
+    header = [titles.get(each, _name(each)) for each in (*rows, *(means or {}), *names)]
     return markdown(header, text, len(rows))
 
 
-def _cell(values: pd.Series, digits: int, column: str) -> str:
-    after = "" if len(values) < 2 else f" ± {_number(values.std(), digits, column)}"
-    return _number(values.mean(), digits, column) + after
+def _name(value: Any) -> str:
+    """A value as it stands in a header or at the beginning of a line."""
+    if isinstance(value, (int, np.integer)):
+        return f"{value:,}"
+    return f"{value:.2g}" if isinstance(value, float) else str(value).removesuffix(".0")
+
+
+def _cell(rows: pd.DataFrame, digits: int, column: str) -> str:
+    if rows.empty:
+        return ""
+    many = len(rows) > 1 and "seed" in rows and not rows["seed"].duplicated().any()
+    after = f" ± {_number(rows[column].std(), digits, column)}" if many else ""
+    return _number(rows[column].mean(), digits, column) + after
 
 
 def main_table() -> str:
