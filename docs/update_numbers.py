@@ -32,6 +32,7 @@ import pandas as pd
 
 from mingpt.adapters import METHODS, size_for
 from mingpt.experiments.reproduction import KINDS, MIXED, results_table
+from mingpt.experiments.sweep import best_rates
 from mingpt.storage.cache import read_cached_json
 from mingpt.storage.weights import load_model
 from mingpt.tasks import PRETRAINING_TASKS
@@ -70,10 +71,8 @@ def read(name: str) -> pd.DataFrame:
         return pd.concat(map(read, name.split("+")), ignore_index=True)
     study, _, what = name.partition("/")
     if what == "chosen":
-        cells, keys = read(study), ["method", "size", "task"]
-        means = cells.groupby([*keys, "learning_rate"])[["accuracy", "loss"]].mean().reset_index()
-        best = means.sort_values(["accuracy", "loss"], ascending=[False, True]).drop_duplicates(keys)
-        return cells.merge(best[[*keys, "learning_rate"]])
+        cells = read(study)
+        return cells.merge(best_rates(cells, ["method", "size", "task"]))
     if what == "curves":
         cells = read(study)
         step = tomllib.loads((ROOT / "studies" / f"{study}.toml").read_text())["prefix"]["validate_every"]

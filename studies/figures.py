@@ -19,6 +19,7 @@ from PIL import Image
 
 from mingpt.analysis.seed_figures import seed_dots, seed_lines
 from mingpt.experiments.reproduction import result_figures
+from mingpt.experiments.sweep import best_rates
 
 ROOT = Path(__file__).parents[1]
 STUDIES, DOCS = ROOT / "studies", ROOT / "docs"
@@ -31,13 +32,6 @@ def read(name: str) -> pd.DataFrame:
 def hash_of(sources: list[str]) -> str:
     """Of the content of these files of the repository."""
     return hashlib.sha256(b"".join((ROOT / each).read_bytes() for each in sources)).hexdigest()
-
-
-def chosen(results: pd.DataFrame, *keys: str) -> pd.DataFrame:
-    """Of each method and size and whatever else is named, the rate with the best mean; the smaller loss where equal."""
-    means = results.groupby([*keys, "learning_rate"])[["accuracy", "loss"]].mean().reset_index()
-    best = means.sort_values(["accuracy", "loss"], ascending=[False, True]).drop_duplicates(list(keys))
-    return results.merge(best[[*keys, "learning_rate"]])
 
 
 def by_mean(results: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
@@ -63,7 +57,8 @@ def methods_longer() -> dict[str, Figure]:
 
 
 def one_layer() -> dict[str, Figure]:
-    results = chosen(read("one_layer/results"), "method", "size", "task")
+    results = read("one_layer/results")
+    results = results.merge(best_rates(results, ["method", "size", "task"]))
     results["method and size"] = results["method"] + " " + results["size"].astype(str)
     title = "What a model of one layer, which sorts in ascending order, learns"
     return {

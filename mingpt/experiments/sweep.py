@@ -448,16 +448,30 @@ def search_rates(
     while True:
         tried = replace(study, folder=study.folder / "search", learning_rates=rates)
         compute(tried, n_processes, slurm)
-        results = tried.results()
-        scores = results.groupby(["method", "learning_rate"])[["accuracy", "loss"]].mean()
-        first = sorted(["accuracy", "loss"], key=study.choose_by.__ne__)
-        ordered = cast(Any, scores).sort_values(first, ascending=[name == "loss" for name in first]).reset_index()
-        best = ordered.groupby("method", sort=False)["learning_rate"].first().to_dict()
+        chosen = best_rates(tried.results(), ["method"], study.choose_by)
+        best = dict(zip(chosen["method"], chosen["learning_rate"].astype(float), strict=True))
         grown = {name: _grow(rates[name], best[name], step) for name in rates}
         if grown == rates:
             tried.write_tables()  # not before: a table may be all there is of tries at the rates of a larger grid
             return {name: best[name] for name in study.methods}
         rates = grown
+
+
+def best_rates(results: DataFrame, keys: Sequence[str], choose_by: str = "accuracy") -> DataFrame:
+    """The learning rate with the best mean, of each method and whatever else ``keys`` name.
+
+    Args:
+        results: of a study.
+        keys: its columns, such as ["method", "size", "task"].
+        choose_by: "accuracy" or "loss"; where it is equal, the other decides.
+
+    Returns:
+        A row for each combination, with the keys and "learning_rate".
+    """
+    means = cast(Any, results).groupby([*keys, "learning_rate"])[["accuracy", "loss"]].mean().reset_index()
+    first = sorted(["accuracy", "loss"], key=choose_by.__ne__)
+    ordered = means.sort_values(first, ascending=[name == "loss" for name in first])
+    return ordered.drop_duplicates(list(keys))[[*keys, "learning_rate"]]
 
 
 def _grow(rates: list[float], best: float, step: float) -> list[float]:
