@@ -30,7 +30,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "hf": ["transformers>=4.50", "peft>=0.14"],
+        "hf": ["transformers>=4.57", "peft>=0.14"],
         "grammar": ["llguidance>=1.3"],
         "slurm": ["submitit>=1.5"],
         "widget": ["anywidget>=0.9"],

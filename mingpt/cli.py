@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import json
 import logging
 import os
@@ -35,6 +36,9 @@ from mingpt.experiments import multistep, pipeline, reproduction
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.experiments.sweep import Study, run_packs, run_study
+from mingpt.huggingface.adapters import load_causal_lm, load_peft
+from mingpt.huggingface.analysis import analyze as analyze_adapter
+from mingpt.huggingface.analysis import read_rows
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
@@ -435,6 +439,38 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
                 shutil.rmtree(folder / "all", ignore_errors=True)
     _echo(f"GPT2LMHeadModel.from_pretrained({str(out / 'model')!r}) reads the model")
     _echo(f"PeftModel.from_pretrained(model, {str(out / next(iter(chosen), 'TASK'))!r}) adds a prefix")
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL", type=_FOLDER)
+@click.argument("adapter", metavar="ADAPTER", type=_FOLDER)
+@click.option("--text", required=True, type=_FILE, help="What to read: text, or token ids as JSON in each line.")
+@click.option("--rows", default=16, type=click.IntRange(min=1), help="The most rows of the text.")
+@click.option("--length", default=128, type=click.IntRange(min=2), help="Tokens in a row.")
+@click.option("--figures", metavar="FOLDER", type=_FOLDER, help="Write heatmaps by layer and head there.")
+@click.option("--device", metavar="NAME", default="cpu", help="auto, cpu, cuda or cuda:N.")
+@_json_option
+def analyze(
+    model: Path, adapter: Path, text: Path, rows: int, length: int, figures: Path | None, device: str, as_json: bool
+) -> None:
+    """Measure what ADAPTER does to MODEL on a text, in each layer and head.
+
+    MODEL is a folder that transformers wrote, ADAPTER one that PEFT wrote: prefix tuning, a cartridge, prompt tuning,
+    or LoRA and the like. Nothing is fetched. Text is read by the model's own tokenizer; where its folder has none, each
+    line of the file is a row of token ids, such as [6, 2, 7].
+    """
+    lm = load_causal_lm(model, distributed.resolve_device(device))
+    found = load_peft(adapter, lm)
+    room = lm.block_size - (found.prefix.n_positions if found.prefix else 0)
+    result = analyze_adapter(lm, found, read_rows(text, model, rows, min(length, room)).to(lm.device))
+    _echo_result(result.to_dict(), result.table(), as_json)
+    if found.base and Path(found.base).name != model.resolve().name:
+        _echo(f"the adapter names {found.base} as its base; that {model} is this model was not checked", err=True)
+    if figures and _is_main():
+        for name, figure in result.figures().items():
+            figure.savefig(content := io.BytesIO(), dpi=150)
+            write_atomic(figures / f"{name}.png", content.getvalue())
+        _echo(f"figures are in {figures}", err=True)
 
 
 @cli.command("report")

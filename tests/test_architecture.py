@@ -26,6 +26,7 @@ FLOORS = [
     {"storage", "training"},
     {"trainer", "evaluation"},
     {"analysis", "experiments"},
+    {"huggingface"},
     {"lab"},
     {"cli", "data_tools"},
     {"__main__"},

@@ -1,0 +1,97 @@
+"""Prefixes as transformers' cache: the only file that knows the cache's classes.
+
+Legend: B rows, K prefixes, P prefix positions, H key/value heads, D channels of a head, L layers.
+
+Since transformers 4.56 a ``DynamicCache`` is a list of layers, each with ``keys``, ``values`` and ``update``. A layer
+with a sliding window keeps its last positions only, and counts all of them for the mask. Since 5.24 models call their
+argument and their output ``cache`` that were ``past_key_values`` before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mingpt.kv_cache import KeysValues
+
+
+def keyword(model: Any) -> str:
+    """What a model of transformers calls the cache that it takes and returns."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def layer_pairs(cache: Any) -> list[KeysValues]:
+    """Each layer's keys and values in a transformers cache, (B, H, P, D) each.
+
+    Raises:
+        ValueError: if there is no such cache, or a layer has none or others, as recurrent layers have.
+    """
+    pairs = [(getattr(each, "keys", None), getattr(each, "values", None)) for each in getattr(cache, "layers", [])]
+    if not pairs or not all(isinstance(each, Tensor) and each.ndim == 4 for pair in pairs for each in pair):
+        raise ValueError("not all layers of the model cache keys and values; choose another architecture")
+    return pairs  # pyright: ignore[reportReturnType]
+
+
+def full_cache() -> Any:
+    """An empty cache that keeps all positions, also those beyond a sliding window."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def prefix_cache(pairs: Sequence[KeysValues], config: Any, n_rows: int, rows: Tensor | None = None) -> Any:
+    """Make the cache that a batch attends to out of the keys and values of K prefixes. Gradients pass through it.
+
+    One prefix for all rows is expanded, not copied. Attention then concatenates it with each row's content, as it does
+    with any cache.
+
+    Args:
+        pairs: each layer's keys and values, (K, H, P, D) each.
+        config: the transformers model's, which says what layers have a sliding window.
+        n_rows: B.
+        rows: (B,) of int64, the prefix of each row; without it each prefix has B / K consecutive rows.
+
+    Returns:
+        A ``transformers.DynamicCache`` for B rows.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=config)
+    for number, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, number)
+    for layer in cache.layers:
+        layer.keys, layer.values = _share(layer.keys, n_rows, rows), _share(layer.values, n_rows, rows)
+    return cache
+
+
+def read_only(cache: Any) -> Any:
+    """Have a cache forget what is added: each layer gives what it holds and the new positions, and stays as it is.
+
+    So the same forward pass can be computed again from it, which gradient checkpointing does, and no layer keeps the
+    content's keys and values.
+    """
+    for layer in cache.layers:
+        layer.update = partial(_update_and_restore, layer)
+    return cache
+
+
+def _update_and_restore(layer: Any, *arguments: Any, **options: Any) -> KeysValues:
+    before = dict(vars(layer))
+    try:
+        return type(layer).update(layer, *arguments, **options)
+    finally:
+        vars(layer).update(before)
+
+
+def _share(tensor: Tensor, n_rows: int, rows: Tensor | None) -> Tensor:
+    """(K, ...) to (B, ...)."""
+    if rows is not None:
+        return tensor.index_select(0, rows)
+    if len(tensor) == 1:
+        return tensor.expand(n_rows, -1, -1, -1)
+    return torch.repeat_interleave(tensor, n_rows // len(tensor), dim=0)

@@ -1,0 +1,272 @@
+"""Any causal language model of transformers, with what our GPT has: prefixes, placeholders, a loss over targets.
+
+Legend: B batch, T tokens, P prefix positions, C channels of the residual stream, H key/value heads, D channels of a
+head, L layers, V vocabulary, K prefixes.
+
+transformers computes the attention. So rotary positions, grouped queries, sliding windows, soft-capping and tied heads
+are whatever the model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mingpt.huggingface import cache as caches
+from mingpt.kv_cache import KeysValues
+from mingpt.prefix import Prefix, check_tokens
+from mingpt.utils import CfgNode
+
+
+class CausalLM(nn.Module):
+    """A model of transformers, called as our GPT is.
+
+    ``PrefixTrainer`` trains prefixes for it, and ``evaluate`` scores them. Both check a prefix against ``n_embd``, so
+    prompts of a model with H * D other than C are trained by ``AdapterTrainer`` with a ``PrefixAdapter``.
+
+    Attributes:
+        model: the ``AutoModelForCausalLM``, on which nothing is changed.
+        config: n_layer; n_head; n_kv_head, H; head_size, D; n_embd, H * D, the channels of a key_value prefix;
+            hidden_size, C, those of a prompt; vocab_size; block_size; architecture, transformers' ``model_type``.
+        block_size: the most tokens that it reads, placeholders included.
+    """
+
+    def __init__(self, model: Any):
+        """Wrap a model, and run one token through it to see what it caches.
+
+        Raises:
+            ValueError: if its layers do not all cache keys and values of one shape, as in models with recurrent layers.
+        """
+        super().__init__()
+        self.model = model
+        text = model.config.get_text_config()
+        self._cache = caches.keyword(model)
+        with self._layers_with(None), torch.no_grad():
+            output = model(torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=True)
+        pairs = caches.layer_pairs(getattr(output, self._cache, None))
+        shapes = {tuple(each.shape) for pair in pairs for each in pair}
+        if len(shapes) != 1 or len(pairs) != text.num_hidden_layers:
+            raise ValueError(
+                f"{text.model_type} caches {sorted(shapes)} in {len(pairs)} of {text.num_hidden_layers} layers; "
+                "expected keys and values of one shape in each, so choose another architecture"
+            )
+        _, n_kv_head, _, head_size = shapes.pop()
+        self.block_size: int = text.max_position_embeddings
+        self.config = CfgNode(
+            n_layer=len(pairs), n_head=text.num_attention_heads, n_kv_head=n_kv_head, head_size=head_size,
+            n_embd=n_kv_head * head_size, hidden_size=text.hidden_size, block_size=self.block_size,
+            vocab_size=model.get_input_embeddings().num_embeddings, architecture=text.model_type,
+        ).close()  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        prefixes: Tensor | Prefix | None = None,
+        attention_mask: Tensor | None = None,
+        n_last: int | None = None,
+        n_shared: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the token after each token.
+
+        With gradient checkpointing (``model.gradient_checkpointing_enable()``) and a prefix, each layer's activations
+        are computed again in the backward pass, also in evaluation mode, in which a frozen model is trained on.
+
+        Args:
+            idx: (B, T) of int64; with a prefix the first P are placeholders that are not looked at, and the content's
+                positions begin after them, as in PEFT.
+            targets: (B, T) the tokens to predict, -1 where none is scored.
+            prefixes: a key_value prefix (L, 2, P, H * D), a soft prompt (P, C), or a ``Prefix`` of such a kind.
+            attention_mask: (B, T), 0 at padding, 1 elsewhere; what it has at placeholders does not matter.
+            n_last: how many last tokens get logits, all by default.
+            n_shared: as in ``GPT.forward``, where it saves work; here it changes nothing.
+
+        Returns:
+            The logits (B, T, V), or (B, n_last, V), zero at placeholders, where nothing is predicted; and the mean
+            cross-entropy in nats over the scored targets, None without targets.
+
+        Raises:
+            ValueError: if ``idx`` is not (B, T), its tokens are not from 0 to V - 1 (checked on a CPU), there are more
+                than ``block_size``, or the prefix or the mask does not fit.
+        """
+        prefix = self._check(idx, prefixes, attention_mask)
+        options: dict[str, Any] = {"attention_mask": attention_mask, "logits_to_keep": n_last or 0, "use_cache": False}
+        start = 0 if prefix is None else prefix.n_placeholders
+        if prefix is None:
+            logits = self.model(idx, **options).logits
+        else:
+            cache = caches.read_only(self.prefix_cache(prefix, len(idx)))
+            options |= self._mask_and_positions(idx, prefix, attention_mask)
+            with self._layers_with(_checkpointed if torch.is_grad_enabled() else None):
+                logits = self.model(idx[:, start:], **{self._cache: cache}, **options).logits
+        loss = None
+        if targets is not None:
+            goal = targets[:, -logits.shape[1] :].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), goal, ignore_index=-1)
+        return F.pad(logits, (0, 0, start, 0)) if start and n_last is None else logits, loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        prefixes: Tensor | Prefix | None = None,
+        attention_mask: Tensor | None = None,
+        logits_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+        forbidden_mass_record: None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue prompts by transformers' own ``generate``, greedily by default.
+
+        Args:
+            idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
+            max_new_tokens: the most tokens to add.
+            prefixes, attention_mask: see ``forward``.
+            logits_processors: transformers' processors or functions (tokens, logits) -> logits; their tokens include
+                the placeholders. Constraints of ``mingpt.decoding`` need our own decode loop.
+            forbidden_mass_record: there is none without constraints; as ``GPT.generate`` has it.
+            options: of transformers' ``generate``, such as ``do_sample=True``.
+
+        Returns:
+            (B, T + n) of int64, prompts and continuations; n is less than ``max_new_tokens`` where every row has met an
+            end-of-text token of the model's generation config before.
+
+        Raises:
+            ValueError: as ``forward``; for a prefix with more or fewer placeholders than positions; for constraints.
+        """
+        prefix = self._check(idx, prefixes, attention_mask)
+        if forbidden_mass_record is not None or any(hasattr(each, "allowed") for each in logits_processors):
+            raise ValueError("constraints need GPT's decode loop; give functions (tokens, logits) -> logits")
+        mask = torch.ones_like(idx) if attention_mask is None else attention_mask
+        if prefix is not None:
+            if prefix.n_placeholders != prefix.n_positions:
+                sizes = f"{prefix.n_positions} positions and {prefix.n_placeholders} placeholders"
+                raise ValueError(f"the prefix has {sizes}; transformers' generate needs as many, so call forward")
+            options[self._cache] = self.prefix_cache(prefix, len(idx))
+            mask = self._mask_and_positions(idx, prefix, mask)["attention_mask"]
+        if logits_processors:
+            options["logits_processor"] = list(logits_processors)
+        options = {"do_sample": False} | options
+        with self._layers_with(None):
+            return self.model.generate(idx, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
+
+    def as_key_value(self, prefix: Prefix) -> Prefix:
+        """A prefix as the keys and values that it comes to, (K, L, 2, P, H * D); a prompt is run through the model."""
+        if prefix.kind == "key_value":
+            return prefix
+        cache = caches.full_cache()
+        with self._layers_with(None):
+            self.model(inputs_embeds=prefix.values.to(self.model.dtype), **{self._cache: cache}, use_cache=True)
+        pairs = [torch.stack(pair, dim=1) for pair in caches.layer_pairs(cache)]  # (K, 2, H, P, D) each
+        return replace(prefix, kind="key_value", values=torch.stack(pairs, dim=1).transpose(-3, -2).flatten(-2))
+
+    def prefix_cache(self, prefix: Prefix, n_rows: int) -> Any:
+        """The transformers cache that K prefixes become for a batch of ``n_rows``."""
+        values = self.as_key_value(prefix).values.to(self.model.dtype)
+        heads = values.unflatten(-1, (self.config.n_kv_head, -1)).transpose(-3, -2)  # (K, L, 2, H, P, D)
+        pairs: list[KeysValues] = [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
+        return caches.prefix_cache(pairs, self.model.config, n_rows, prefix.rows)
+
+    def read_prefix(self, prefixes: Tensor | Prefix, n_rows: int) -> Prefix:
+        """Read what a user gives as ``prefixes=``, and check that it fits the model and a batch of ``n_rows``.
+
+        Raises:
+            TypeError: if it is neither a tensor nor a Prefix.
+            ValueError: for another kind, shape or device than the model's.
+        """
+        if isinstance(prefixes, Tensor):
+            kinds = {4: "key_value", 2: "prompt"}
+            if prefixes.ndim not in kinds:
+                expected = "(L, 2, P, H * D), a key_value prefix, or (P, C), a prompt; give several as a Prefix"
+                raise ValueError(f"a prefix tensor has the shape {expected}; got {tuple(prefixes.shape)}")
+            prefixes = Prefix(kinds[prefixes.ndim], prefixes[None])
+        if not isinstance(prefixes, Prefix):
+            raise TypeError(f"prefixes must be a tensor or a Prefix, got {type(prefixes).__name__}")
+        config, kind = self.config, prefixes.kind
+        widths = {
+            "key_value": (config.n_embd, f"n_kv_head * head_size = {config.n_kv_head} * {config.head_size}"),
+            "prompt": (config.hidden_size, "hidden_size"),
+        }
+        if kind not in widths:
+            raise ValueError(f"a model of transformers takes prefixes of kind {' or '.join(widths)}, got {kind}")
+        width, meaning = widths[kind]
+        if prefixes.values.shape[-1] != width:
+            given = prefixes.values.shape[-1]
+            raise ValueError(f"a {kind} prefix has {meaning} = {width} channels for this model, got {given}")
+        prefixes.check(config.n_layer, width, n_rows)
+        if prefixes.values.device != self.device:
+            raise ValueError(f"the prefix is on {prefixes.values.device}, the model on {self.device}; move one of them")
+        return prefixes
+
+    def _check(self, idx: Tensor, prefixes: Tensor | Prefix | None, attention_mask: Tensor | None) -> Prefix | None:
+        check_tokens(idx, self.config.vocab_size)
+        (batch, n_tokens), prefix = idx.shape, None
+        if prefixes is not None:
+            prefix = self.read_prefix(prefixes, batch)
+            if prefix.n_placeholders >= n_tokens:
+                raise ValueError(f"{prefix.n_placeholders} prefix positions leave no content in {n_tokens} tokens")
+        if n_tokens > self.block_size:
+            raise ValueError(f"{n_tokens} tokens do not fit into block_size = {self.block_size}")
+        if attention_mask is not None and attention_mask.shape != idx.shape:
+            raise ValueError(
+                f"attention_mask has the shape of idx, {tuple(idx.shape)}, got {tuple(attention_mask.shape)}"
+            )
+        return prefix
+
+    def _mask_and_positions(self, idx: Tensor, prefix: Prefix, mask: Tensor | None) -> dict[str, Any]:
+        """The mask over prefix and content, and the content's positions where transformers would count others."""
+        start, n_positions = prefix.n_placeholders, prefix.n_positions
+        found: dict[str, Any] = {}
+        if mask is not None:
+            found["attention_mask"] = torch.cat([mask.new_ones(len(idx), n_positions), mask[:, start:]], dim=1)
+        if start != n_positions:
+            found["position_ids"] = torch.arange(start, idx.shape[1], device=idx.device)[None]
+        return found
+
+    @contextmanager
+    def _layers_with(self, wrap: Callable[[Callable], Callable] | None) -> Iterator[None]:
+        """Replace transformers' gradient checkpointing, which would take the cache from the layers, by ``wrap``.
+
+        Here a layer can be computed twice with a prefix, as the cache that it reads does not change.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        flagged: list[Any] = [each for each in self.model.modules() if getattr(each, "gradient_checkpointing", False)]
+        layers = [each for each in flagged if isinstance(each, GradientCheckpointingLayer)]
+        for layer in layers:
+            forward = partial(_without_checkpointing, layer, layer.forward)
+            layer.forward = forward if wrap is None else wrap(forward)
+        for module in flagged:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own shows again
+            for module in flagged:
+                module.gradient_checkpointing = True
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    return partial(checkpoint, forward, use_reentrant=False)
+
+
+def _without_checkpointing(layer: Any, forward: Callable, *arguments: Any, **options: Any) -> Any:
+    before, layer.gradient_checkpointing = layer.gradient_checkpointing, False  # it is set again in the backward pass
+    try:
+        return forward(*arguments, **options)
+    finally:
+        layer.gradient_checkpointing = before
