@@ -15,7 +15,7 @@ reproduce: $(VENV)/.installed  ## the whole experiment, into runs/laptop
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
 
-torture: $(VENV)/.installed-dev  ## every fault, signal and hostile file of docs/promises.md, in an hour; needs a C compiler
+torture: $(VENV)/.installed-dev  ## every fault, signal and hostile file of docs/promises.md, in up to an hour; needs a C compiler
 	TORTURE=all $(BIN)/python -m pytest tests/torture
 
 check: $(VENV)/.installed-dev  ## what CI checks: format, lint, types, tests
@@ -32,7 +32,7 @@ docs: $(VENV)/.installed-dev  ## the manual, in docs/build/html; warnings are er
 	$(BIN)/python studies/figures.py --check
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/build/html
 
-bench: $(VENV)/.installed  ## the ratios of the README, in turn in one process
+bench: $(VENV)/.installed  ## the package against its baselines, in turn in one process
 	$(INSTALL) --editable '.[hf,grammar]'
 	$(BIN)/python benchmarks/bench_core.py
 

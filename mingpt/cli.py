@@ -429,6 +429,9 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
             shutil.rmtree(folder / "all", ignore_errors=True)  # of an export that was cut off
             try:
                 with naming(folder):
+                    from transformers.utils.logging import disable_progress_bar
+
+                    disable_progress_bar()  # it would tell of one file
                     huggingface.to_huggingface(model).save_pretrained(folder / "all" / "model")
                     for name, prefix in chosen.items():
                         huggingface.export_peft(model, prefix, folder / "all" / name)

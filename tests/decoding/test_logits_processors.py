@@ -107,9 +107,9 @@ def test_the_laws_find_what_breaks_them(lawless, message):
         check_processor_laws(lawless, vocab_size=V)
 
 
-def test_the_example_of_the_contributing_page_keeps_the_laws():
-    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    code = re.search(r"```python\n(class AtMostOnce.*?)```", page, re.DOTALL)
+def test_the_example_of_the_manual_keeps_the_laws():
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "constrain.md").read_text()
+    code = re.search(r"^(class AtMostOnce.*?)\n\nprint", page, re.DOTALL | re.MULTILINE)
     assert code
     namespace = {"LogitsProcessor": LogitsProcessor, "torch": torch}
     exec(code[1], namespace)
