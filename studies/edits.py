@@ -3,10 +3,11 @@
     python studies/edits.py constants   # the best answer that does not look at the input, for each task
     python studies/edits.py keys        # values with other keys, layer by layer       (after studies/length.toml)
     python studies/edits.py biases      # biases in fewer directions, fewer positions  (after studies/length.toml)
-    python studies/edits.py answers     # steering, compacted examples, averages, as answers
+    python studies/edits.py answers     # steering, examples, averages as answers  (after studies/sixteen.toml)
     python studies/edits.py inits       # the same as what training begins from
 
-Each writes studies/edits/<name>.csv. Everything is scored on validation rows.
+Each writes studies/edits/<name>.csv. Everything is scored on validation rows; where one of several prefixes is chosen,
+it is chosen on others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,18 @@ def data_of(task: str | Task, split: str = "validation", seed: int = 0) -> Custo
     return dataset(config, split, [Task.parse(str(task))])
 
 
-def solved(task: str | Task, n_rows: int) -> torch.Tensor:
+def solved(task: str | Task, n_rows: int, seed: int = 0) -> torch.Tensor:
     """Inputs with their solutions as the model reads them, without the padding, (B, 2T)."""
-    inputs, solutions = data_of(task, "train").rows(range(n_rows))
+    inputs, solutions = data_of(task, "train", seed).rows(range(n_rows))
     return torch.from_numpy(np.concatenate([inputs, solutions], axis=1))
 
 
-def score(model: GPT, task: str, prefix: Prefix) -> float:
-    return evaluate(model, data_of(task), prefix, N_ROWS, precision="float32").accuracy
+def score(model: GPT, task: str | Task, prefix: Prefix, split: str = "validation", seed: int = 0) -> float:
+    return evaluate(model, data_of(task, split, seed), prefix, N_ROWS, precision="float32").accuracy
+
+
+def train_score(model: GPT, task: Task, seed: int, prefix: Prefix) -> float:
+    return score(model, task, prefix, "train", seed)
 
 
 def constants() -> Iterator[Row]:
@@ -65,9 +71,9 @@ def constants() -> Iterator[Row]:
 
 
 @torch.no_grad()
-def kept_prefixes() -> tuple[GPT, dict[Cell, Prefix]]:
-    """The prefixes of ten positions that the study of lengths has trained."""
-    study = Study.read("studies/length.toml")
+def kept_prefixes(study: str = "length") -> tuple[GPT, dict[Cell, Prefix]]:
+    """The prefixes of ten positions that a study has trained."""
+    study = Study.read(f"studies/{study}.toml")
     found = {cell: study.adapter(cell).prefix() for cell in study.cells if cell.size == N_POSITIONS}
     return load_run(RUN, "cpu")[0], found
 
@@ -110,16 +116,16 @@ def biases() -> Iterator[Row]:
                 yield {"task": cell.task, "seed": cell.seed, "kept": way, "number": size, "accuracy": found}
 
 
-def made(model: GPT, known: dict[str, Prefix], task: Task) -> dict[str, list[Prefix]]:
-    """By name, prefixes for a task without a gradient on it; where there are several, the best on validation rows."""
-    own = solved(task, 200)
-    others = torch.cat([solved(other, 200)[:, own.shape[1] // 2 :] for other in PRETRAINING_TASKS])
+def made(model: GPT, known: dict[str, Prefix], task: Task, seed: int = 0) -> dict[str, list[Prefix]]:
+    """By name, prefixes for a task without a gradient on it; where there are several, one is to be chosen."""
+    own = solved(task, 200, seed)
+    others = torch.cat([solved(other, 200, seed)[:, own.shape[1] // 2 :] for other in PRETRAINING_TASKS])
     wrong = torch.cat([own[:, : own.shape[1] // 2].repeat(len(PRETRAINING_TASKS), 1), others], dim=1)
     examples = [
         as_key_value(model, Prefix("prompt", model.transformer.wte(row)[None])).detach() for row in own[:8]
     ]  # (L, 2, 2T, C) each
     everything = Prefix("key_value", torch.cat(examples, dim=2)[None], n_placeholders=N_POSITIONS)
-    x = data_of(task, "train").batch(range(200))[0]
+    x = data_of(task, "train", seed).batch(range(200))[0]
     first = [known[str(each)] for each in PRETRAINING_TASKS]
     found = {
         "padding": [Prefix("key_value", initial_prefix(model, N_POSITIONS, kind="key_value").detach()[None])],
@@ -136,16 +142,16 @@ def made(model: GPT, known: dict[str, Prefix], task: Task) -> dict[str, list[Pre
 
 
 def answers() -> Iterator[Row]:
-    """What prefixes without gradients answer."""
-    model, known, _ = load_run(RUN, "cpu")
-    for task in EVERY_TASK:
-        others = {name: prefix for name, prefix in known.items() if name != str(task)}
-        first = [each for each in PRETRAINING_TASKS if str(each) != str(task)]
-        found = made(model, known, task)
-        found["best of seven"] = [others[str(each)] for each in first]
-        found["average of seven"] = [average(found["best of seven"])]
-        for name, prefixes in ({"its own, trained": [known[str(task)]]} | found).items():
-            yield {"task": str(task), "prefix": name, "accuracy": max(score(model, str(task), p) for p in prefixes)}
+    """What prefixes without gradients answer, with the rows and the trained prefixes of each seed."""
+    model, trained = kept_prefixes("sixteen")
+    for task, seed in itertools.product(EVERY_TASK, SEEDS):
+        known = {cell.task: prefix for cell, prefix in trained.items() if cell.seed == seed}
+        first = [known[str(each)] for each in PRETRAINING_TASKS if str(each) != str(task)]
+        found = {"its own, trained": [known[str(task)]]} | made(model, known, task, seed)
+        found |= {"best of seven": first, "average of seven": [average(first)]}
+        for name, prefixes in found.items():
+            chosen = max(prefixes, key=partial(train_score, model, task, seed)) if prefixes[1:] else prefixes[0]
+            yield {"task": str(task), "prefix": name, "seed": seed, "accuracy": score(model, task, chosen)}
 
 
 def inits(n_iters: int = 400, rate: float = 0.1) -> Iterator[Row]:

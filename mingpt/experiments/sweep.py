@@ -367,6 +367,7 @@ def run_study(study: Study, n_processes: int | None = None, slurm: Mapping[str, 
 
     Raises:
         RuntimeError: if a process fails, with its number.
+        LockedError: if another process still computes some of the cells; the others are kept.
     """
     if study.search is not None:
         rates = search_rates(replace(study, search=None, split="validation", **study.search), n_processes, slurm)
@@ -403,6 +404,11 @@ def compute(study: Study, n_processes: int | None = None, slurm: Mapping[str, An
         failed = [number for number, process in enumerate(processes) if process.wait()]
         if failed:
             raise RuntimeError(f"processes {failed} of the sweep failed; the same command goes on with what is missing")
+    if left := study.missing():  # a rate must not be chosen, nor a table shown, of the others
+        raise LockedError(
+            f"another process computes {len(left)} of the {len(study.cells)} cells of {study.folder}; "
+            "give the command again when it has ended"
+        )
 
 
 def _progress(study: Study) -> Iterator[None]:

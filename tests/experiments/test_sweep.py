@@ -18,6 +18,7 @@ from test_reproduction import tiny_config
 from mingpt.evaluation import evaluate
 from mingpt.experiments import pipeline, sweep
 from mingpt.experiments.sweep import Study, run_packs, run_study
+from mingpt.storage.files import LockedError, locked
 from mingpt.trainer import AdapterTrainer
 
 N_KILLS = int(os.environ.get("N_KILLS", "8"))
@@ -111,6 +112,32 @@ def test_kills_at_random_moments_lose_no_cell_and_repeat_none(run, tmp_path):
     cut.write_tables()
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert (whole.folder / "results.csv").read_bytes() == (cut.folder / "results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"search": {"seeds": [5]}}])
+def test_a_study_that_another_process_computes_is_not_taken_for_complete(run, tmp_path, options):
+    study = new_study(tmp_path / "study", run, pack=3, **options)
+    asked = (
+        replace(study, search=None, split="validation", folder=study.folder / "search", seeds=[5]) if options else study
+    )
+    held = asked.packs[1]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(hold, [asked.lock(held)])
+        with pytest.raises(LockedError, match=f"another process computes {len(held)} of the {len(asked.cells)} cells"):
+            run_study(study, n_processes=1)
+    assert not (study.folder / "results.csv").exists()
+    assert not (study.folder / "rates.json").exists()
+    assert len(run_study(study, n_processes=1)) == (8 if options else 16)
+
+
+def hold(lock):
+    """Hold a lock for as long as this process lives."""
+    held = locked(lock)
+    held.__enter__()
+    HELD.append(held)
+
+
+HELD = []
 
 
 def test_a_larger_study_computes_only_what_is_new(run, tmp_path, monkeypatch):
