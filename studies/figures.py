@@ -56,6 +56,14 @@ def methods_longer() -> dict[str, Figure]:
     return {"studies/methods_longer": seed_dots(by_mean(read("methods_longer/results")), "method", "task", title)}
 
 
+def methods_iterations() -> dict[str, Figure]:
+    longest = read("methods_10000/results")
+    results = pd.concat([read("methods/results"), read("methods_longer/results"), longest])
+    results = results[results["task"].isin(longest["task"]) & results["method"].isin(longest["method"])]
+    figure = seed_lines(results, "max_iters", "method", "task", label="iterations, at most")
+    return {"studies/methods_iterations": figure}
+
+
 def one_layer() -> dict[str, Figure]:
     results = read("one_layer/results")
     results = results.merge(best_rates(results, ["method", "size", "task"]))
@@ -112,6 +120,7 @@ SOURCES = {
     laptop: ["checkpoints/laptop/results.json"],
     methods: ["studies/methods/results.csv"],
     methods_longer: ["studies/methods_longer/results.csv"],
+    methods_iterations: [f"studies/{name}/results.csv" for name in ("methods", "methods_longer", "methods_10000")],
     one_layer: ["studies/one_layer/results.csv"],
     one_layer_iterations: ["studies/one_layer_iterations/results.csv"],
     double_histogram: ["studies/double_histogram/results.csv"],
