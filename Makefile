@@ -31,6 +31,7 @@ docs: $(VENV)/.installed-dev  ## the manual, in docs/build/html; warnings are er
 	$(BIN)/python docs/update_numbers.py --check
 	$(BIN)/python studies/figures.py --check
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/build/html
+	@echo the manual is in docs/build/html/index.html
 
 bench: $(VENV)/.installed  ## the package against its baselines, in turn in one process
 	$(INSTALL) --editable '.[hf,grammar]'

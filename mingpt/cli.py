@@ -19,6 +19,7 @@ import signal
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,6 +122,11 @@ def _import(context: click.Context, parameter: click.Parameter, names: Sequence[
     """Import files under their stems, or modules that Python finds, also in the current folder."""
     for name in names:
         path, is_file = Path(name), name.endswith(".py")
+        if path.is_file() != is_file:
+            raise click.UsageError(
+                f"cannot import {name}: " + ("there is no such file" if is_file else "it is no .py file")
+            )
+        context.meta.setdefault("imports", []).append(name)
         sys.path.insert(0, str(path.parent.resolve()) if is_file else "")
         try:
             module = importlib.import_module(path.stem if is_file else name)
@@ -210,7 +216,8 @@ def _find_prefix(prefixes: dict[str, Prefix], name: str, run: Path) -> tuple[str
     """The prefix of a task, or one of several of it by its name, such as Add1-1a2b3c4d."""
     found = name if name in prefixes else str(Task.parse(name))
     if found not in prefixes:
-        command, known = f"mingpt prefix '{found}' --run {run}", ", ".join(prefixes) or "none"
+        imports = "".join(f" --import {each}" for each in click.get_current_context().meta.get("imports", []))
+        command, known = f"mingpt prefix '{found}' --run {run}{imports}", ", ".join(prefixes) or "none"
         raise ValueError(f"no prefix for {found} in {run}; there is one for {known}; {command} makes it")
     return found, prefixes[found]
 
@@ -312,7 +319,7 @@ def sweep(file: str, processes: int | None, slurm: str | None, worker: bool, as_
             try:
                 states[str(path)] = Study.read(path).progress()
             except FileNotFoundError as error:
-                states[str(path)] = {"needs": error.filename}
+                states[str(path)] = {"needs": error.filename or str(error)}
         text = [
             f"{name:36} " + " ".join(f"{key} {value}" for key, value in own.items()) for name, own in states.items()
         ]
@@ -339,7 +346,10 @@ def sweep(file: str, processes: int | None, slurm: str | None, worker: bool, as_
 def evaluate_command(names: tuple[str, ...], without_prefix: bool, rows: int, as_json: bool, **options: Any) -> None:
     """Evaluate each TASK, or every prefix of the run."""
     model, prefixes, data, run = _load(**options)
-    chosen = dict((name, None) if without_prefix else _find_prefix(prefixes, name, run) for name in names or prefixes)
+    known = [name for name in prefixes if pipeline.find_task(name)]
+    for name in [] if names else sorted(prefixes.keys() - set(known)):
+        _echo(f"{name} is left out: no such task is known; --import its file", err=True)
+    chosen = dict((name, None) if without_prefix else _find_prefix(prefixes, name, run) for name in names or known)
     if not chosen:
         raise ValueError(f"no prefixes in {run}; 'mingpt prefix TASK' makes one")
     sets = {name: CustomDataset.from_description(data, split="test", tasks=[pipeline.task_of(name)]) for name in chosen}
@@ -495,6 +505,7 @@ def write_lab_page(run: Path | None, out: Path, studies: tuple[Path, ...], use_h
 def open_lab(run: Path | None, studies: tuple[Path, ...], port: int | None, no_browser: bool) -> None:
     """Open the lab page of a run in the browser; its curves grow while the run is trained."""
     with lab.LabServer(_folder(run), studies or _studies_here(), port or 0) as server:
+        server.page()  # before a browser waits for it
         _echo(f"{server.url}\nCtrl-C ends it")
         if not no_browser:
             webbrowser.open(server.url)
@@ -522,15 +533,16 @@ def show_runs(run: Path | None, as_json: bool) -> None:
 @_json_option
 def list_tasks(as_json: bool) -> None:
     """List the tasks, each with a sample row."""
-    found, text = [], 'Tasks compose: "SortAscending+Add1" sorts, then adds.'
+    found, text = [], 'a is the first element of the row. Tasks compose: "SortAscending+Add1" sorts, then adds.'
     imported = click.get_current_context().meta.get("imported", set())
     own = [cls for cls in Task.__subclasses__() if cls.__module__ in imported]
+    with_parameters = [f"{each.__name__}{signature(each)}" for each in own if each.__init__ is not object.__init__]
     for task in [*SIMPLE_TASKS, *(cls() for cls in own if cls.__init__ is object.__init__)]:
         meaning = (type(task).__doc__ or "").partition("\n")[0]
         row, solution = (each[0].tolist() for each in CustomDataset("train", [task]).rows([0]))
         found.append({"task": str(task), "meaning": meaning, "input": row, "solution": solution})
     lines = [f"{each['task']:20} {each['meaning']}\n{'':20} {each['input']} -> {each['solution']}" for each in found]
-    _echo_result(found, "\n".join([*lines, "", text]), as_json)
+    _echo_result(found, "\n".join([*lines, *with_parameters, "", text]), as_json)
 
 
 @cli.command("config")

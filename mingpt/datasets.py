@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.tasks import Task, Values
+from mingpt.tasks import Interval, Task, Values
 
 SPLIT_VERSION = 2
 """Changes when any row of any split changes; recorded in every checkpoint. Version 2 has the test rows of version 1."""
@@ -89,11 +89,13 @@ class CustomDataset(torch.utils.data.Dataset):
         self.seed = _integer("seed", seed)
         self.split, self.tasks = split, tuple(tasks)
         self._streams: list[_RowStream] = []  # of each task
+        self._outputs: list[Interval] = []
         for task in self.tasks:
             values = task.input_values(self.num_digits)
             if values.first.size < 1 or values.rest.size < 1:
                 raise ValueError(f"num_digits = {num_digits} leaves no rows for {task}; use at least 4")
-            for what, low in (("read", values.all.low), ("produce", self.output_values(task).all.low)):
+            self._outputs.append(self.output_values(task).all)
+            for what, low in (("read", values.all.low), ("produce", self._outputs[-1].low)):
                 if low < 0:
                     raise ValueError(f"{task} can {what} {low}, and tokens are not negative")
             self._streams.append(_RowStream(self.seed, split, values, task.has_repeats, self.length))
@@ -141,17 +143,17 @@ class CustomDataset(torch.utils.data.Dataset):
             raise IndexError(f"index {indices.min()} is negative; a dataset's rows are numbered from 0 on without end")
         inputs = np.empty((len(indices), self.length), dtype=np.int64)
         solutions = np.empty_like(inputs)
-        for number, (task, stream) in enumerate(zip(self.tasks, self._streams, strict=True)):
+        for number, (task, stream, promised) in enumerate(zip(self.tasks, self._streams, self._outputs, strict=True)):
             own = np.flatnonzero(indices % len(self.tasks) == number)
             inputs[own] = stream.take(indices[own])
-            solutions[own] = task.solve(inputs[own])
+            solutions[own] = _solve(task, inputs[own], promised)
         return inputs, solutions
 
     def get_vocab_size(self) -> int:
         """How many tokens there are: num_digits + 3, more where a task reads or produces more."""
         inputs = (task.input_values(self.num_digits) for task in self.tasks)
-        values = [*inputs, *map(self.output_values, self.tasks)]
-        return max(self.num_digits + 3, *(int(each.all.high) + 1 for each in values))
+        values = [*(each.all for each in inputs), *self._outputs]
+        return max(self.num_digits + 3, *(int(each.high) + 1 for each in values))
 
     def output_values(self, task: Task) -> Values:
         """The values that a solution of ``task`` can hold on this dataset's rows."""
@@ -215,11 +217,32 @@ class CustomDataset(torch.utils.data.Dataset):
         return f"CustomDataset({', '.join(f'{k}={v!r}' for k, v in self._arguments().items())})"
 
 
+def _solve(task: Task, inputs: np.ndarray, promised: Interval) -> np.ndarray:
+    """The solutions of rows (N, L), checked: a task of one's own may do anything.
+
+    Raises:
+        ValueError: if they are no integers of that shape, or not within what ``output_values`` has promised.
+    """
+    solutions = task.solve(inputs)
+    if solutions.shape != inputs.shape or not np.issubdtype(solutions.dtype, np.integer):
+        given = f"{solutions.dtype} of shape {solutions.shape}"
+        raise ValueError(f"{task}.solve gave {given} for rows of shape {inputs.shape}; give integers of that shape")
+    if solutions.size and (solutions.min() < promised.low or solutions.max() > promised.high):
+        raise ValueError(
+            f"{task} gives values from {solutions.min()} to {solutions.max()}, but its output_values says "
+            f"{promised.low} to {promised.high}; make output_values say what solve gives"
+        )
+    return solutions
+
+
 def check_fits(n_tokens: int, n_positions: int, vocab_size: int, block_size: int) -> None:
     """Check that a model can read ``n_positions`` tokens below ``n_tokens``; a ValueError gives both numbers."""
     for what, needed, given in (("vocabulary", n_tokens, vocab_size), ("block size", n_positions, block_size)):
         if given < needed:
-            raise ValueError(f"the model's {what} is {given}, and the data need {needed}; build the model larger")
+            raise ValueError(
+                f"the model's {what} is {given}, and the data need {needed}; build the model larger: "
+                "'mingpt reproduce TASK --run FOLDER' pretrains one with room for TASK"
+            )
 
 
 class _RowStream(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from mingpt.utils import parse_value
+from mingpt.utils import nearest, parse_value
 
 UNBOUNDED = 2**31
 """Stands for "however many digits, however long a row" where a composition is judged."""
@@ -202,7 +202,8 @@ def _make_task(node: ast.expr, text: str) -> Task:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     name = ast.unparse(call.func)
     if name not in Task._classes:
-        unknown = f"unknown task {name!r} in {text!r}; the tasks are {', '.join(Task._classes)}"
+        known = f"the tasks are {', '.join(Task._classes)}"
+        unknown = f"unknown task {name!r}{nearest(name, Task._classes)} in {text!r}; {known}"
         raise ValueError(f"{unknown}; import the file that defines it (--import on the command line)")
     try:
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}

@@ -150,7 +150,7 @@ class Trainer:
                 iterations, at the end, and when a signal asks to stop.
             metrics_path: a JSON-lines file that gets a line every log_every iterations.
             tensorboard_path: a folder for TensorBoard's events, where the package tensorboard is installed.
-            progress: show a progress bar; "auto" shows it on a terminal.
+            progress: show a progress bar; "auto" shows it on a terminal, and elsewhere logs a line now and then.
         """
         loop = {"device": "auto", "num_workers": 0, "max_iters": None, "batch_size": 64}
         adamw = {"learning_rate": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "grad_norm_clip": 1.0}

@@ -245,10 +245,42 @@ def test_own_tasks_of_a_file_and_of_a_module_are_known_to_every_command(run, cop
     assert sample["solution"] == sample["input"][::-1]
 
 
+def test_without_its_file_a_task_is_left_out_and_said_to_be(run, copy, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("rotating.py").write_text(OWN.format(name="ReverseOfFile") + OWN_WITH_PARAMETER)
+    assert "RotateOfFile(n)" in run("tasks", "--import", "rotating.py")[1]
+    assert run("prefix", "RotateOfFile(2)", "--import", "rotating.py")[0] == 0
+    code, _, err = run("eval", "Add1+Add1", "--import", "rotating.py")
+    assert code == 2
+    assert " --import rotating.py makes it" in err
+    monkeypatch.delitem(Task._classes, "RotateOfFile")  # as in another process
+    code, out, err = run("eval", "--rows", 10)
+    assert code == 0, err
+    assert "RotateOfFile(2) is left out: no such task is known; --import its file" in err
+    assert len(out.splitlines()) == len(TASKS)
+    code, _, err = run("report", "--out", "lab.html")
+    assert code == 0, err
+    assert "nothing is right for it: RotateOfFile(2)" in caplog.text
+
+
+OWN_WITH_PARAMETER = """
+class RotateOfFile(Task):
+    def __init__(self, n):
+        self.n = n
+
+    def solve(self, x):
+        return np.roll(x, self.n, axis=-1)
+
+    def output_values(self, values, length):
+        return values.map(lambda _: values.all)
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("not_there.py", None, "No module named 'not_there'"),
+        ("not_there.py", None, "there is no such file"),
+        ("README.md", "", "it is no .py file"),
         ("not_there", None, "No module named 'not_there'"),
         ("json.py", "", "another module is named json; rename the file"),
         ("broken_1.py", "1 / 0", "ZeroDivisionError"),

@@ -676,3 +676,18 @@ def test_parse_and_datasets_agree_on_names():
     names = [str(task) for task in PRETRAINING_TASKS + TEST_TASKS]
     dataset = CustomDataset("train", [Task.parse(name) for name in names])
     assert dataset.describe()["tasks"] == names
+
+
+@pytest.mark.parametrize(
+    ("solve", "message"),
+    [
+        (lambda x: x / 2, "solve gave float64 of shape"),
+        (lambda x: x[..., :3], r"int64 of shape \(5, 3\) for rows of shape \(5, 10\); give integers of that shape"),
+        (lambda x: x + 2, "gives values from 3 to 12, but its output_values says 1 to 10"),
+        (lambda x: -x, "gives values from -10 to -1, but its output_values says 1 to 10"),
+    ],
+)
+def test_a_task_that_does_not_do_what_it_says_is_an_error_with_its_name(monkeypatch, solve, message):
+    monkeypatch.setattr(SortAscending, "solve", lambda _, x: solve(np.sort(x)))
+    with pytest.raises(ValueError, match=f"SortAscending.*{message}"):
+        CustomDataset("train", [SortAscending()]).rows(range(5))

@@ -31,6 +31,7 @@ SMALLER = {
     r"max_iters = \[400\]": "max_iters = [2]",
     r"^seeds = \[0, .*$": "seeds = [0]",
     r"prefix\.max_iters=2500": "prefix.max_iters=3",
+    r"^source .*": "true",
     r"^make ": f"make --dry-run --directory {shlex.quote(str(REPOSITORY))} ",
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",

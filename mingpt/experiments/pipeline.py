@@ -275,6 +275,14 @@ def task_of(name: str) -> Task:
     return Task.parse(re.sub(r"-[0-9a-f]+$", "", name))
 
 
+def find_task(name: str) -> Task | None:
+    """As ``task_of``, but None for a name that is no task's."""
+    try:
+        return task_of(name)
+    except ValueError:
+        return None
+
+
 def load_run(run: str | Path, device: str = "auto") -> tuple[GPT, dict[str, Prefix], dict[str, Any]]:
     """Read what a run has trained.
 

@@ -127,7 +127,9 @@ def analyze(lm: CausalLM, adapter: PeftAdapter, x: Tensor, batch_size: int = 4) 
     n_positions = 0 if prefix is None else prefix.n_placeholders
     padded = F.pad(x, (n_positions, 0))
     size = f" of {n_positions} positions" if prefix else ""
-    title = f"{adapter.method}{size} on {lm.config.architecture}, {n_rows} rows of {n_tokens} tokens"
+    title = (
+        f"{adapter.method}{size} on {lm.config.architecture}, {n_rows} row{'s' * (n_rows != 1)} of {n_tokens} tokens"
+    )
     logits = _logit_effect(lm, adapter, x, padded, batch_size)
     return Analysis(title, logits, measure(lm, padded, prefix, adapter.disabled, batch_size))
 

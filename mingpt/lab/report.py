@@ -9,6 +9,7 @@ import base64
 import csv
 import html
 import json
+import logging
 import platform
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 import mingpt
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix
-from mingpt.experiments.pipeline import EVERY_TASK, KINDS, load_run, task_of
+from mingpt.experiments.pipeline import EVERY_TASK, KINDS, find_task, load_run
 from mingpt.experiments.reproduction import check_results
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
@@ -30,6 +31,8 @@ from mingpt.storage.files import parsing, read_json, write_atomic
 from mingpt.storage.weights import load_prefixes
 from mingpt.tasks import Task
 from mingpt.training.metrics import read_metrics, validation_curves
+
+logger = logging.getLogger("mingpt")
 
 STATIC = Path(__file__).with_name("static")
 
@@ -91,7 +94,7 @@ def model_data(
     tensors = {name: value.detach().float().cpu().numpy() for name, value in model.state_dict().items()}
     listed = []
     order = {name: number for number, name in enumerate(dict.fromkeys([*data["tasks"], *map(str, EVERY_TASK)]))}
-    tasks = {name: _find_task(name) for own in prefixes.values() for name in own}
+    tasks = {name: find_task(name) for own in prefixes.values() for name in own}
     prefixes = {
         kind: dict(sorted(own.items(), key=lambda item: order.get(str(tasks[item[0]]), len(order))))
         for kind, own in prefixes.items()
@@ -103,7 +106,12 @@ def model_data(
             listed.append(
                 {"name": name, "task": task and str(task), "kind": kind, "n_placeholders": prefix.n_placeholders}
             )
+    if unknown := dict.fromkeys(each["name"] for each in listed if not each["task"]):
+        logger.warning(
+            "no task of this name is known, so nothing is right for it: %s; --import its file", ", ".join(unknown)
+        )
     every = dict.fromkeys([*data["tasks"], *(each["task"] for each in listed if each["task"])])
+    logger.info("answering %d rows of %d tasks with each of %d prefixes", n_rows, len(every), len(listed))
     sets = {name: CustomDataset.from_description(data, split="test", tasks=[Task.parse(name)]) for name in every}
     rows = {name: own.rows(range(n_rows)) for name, own in sets.items()}
     score = partial(accuracy_matrix, model, datasets=list(sets.values()), n_rows=n_rows, precision="float32")
@@ -119,14 +127,6 @@ def model_data(
         "rows": {name: {"inputs": x.tolist(), "solutions": y.tolist()} for name, (x, y) in rows.items()},
         "matrix": {"n_rows": n_rows, "n_right": matrix},
     }
-
-
-def _find_task(name: str) -> Task | None:
-    """The task of a prefix, None for a name that is no task's."""
-    try:
-        return task_of(name)
-    except ValueError:
-        return None
 
 
 def run_curves(run: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +22,12 @@ RUNTIME_KEYS = {
     *("metrics_path", "tensorboard_path", "log_every", "progress"),
 }
 """Configuration keys that say where a run is and how it is logged; a run that is resumed may change them."""
+
+
+logger = logging.getLogger("mingpt")
+
+LOG_EVERY_S = 20.0
+"""Seconds between two lines of a log, where there is no terminal for a progress bar."""
 
 
 class MetricsLogger(contextlib.ExitStack):
@@ -45,6 +53,7 @@ class MetricsLogger(contextlib.ExitStack):
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = self.enter_context(SummaryWriter(str(config.tensorboard_path)))
+        self._said = time.monotonic()
         is_hidden = None if config.progress == "auto" else not config.progress
         bar = tqdm(total=config.max_iters, initial=iter_num, disable=is_hidden, unit="it", dynamic_ncols=True)
         self._bar = self.enter_context(bar)
@@ -73,6 +82,9 @@ class MetricsLogger(contextlib.ExitStack):
             return
         value = loss.item()
         self._bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+        if self._bar.disable and self.config.progress == "auto" and time.monotonic() - self._said >= LOG_EVERY_S:
+            self._said = time.monotonic()
+            logger.info("iteration %d of %s, loss %.4f", iter_num, self.config.max_iters, value)
         if self._file is not None:
             line = {"iter": iter_num, "loss": value if math.isfinite(value) else None}
             line |= {"learning_rate": learning_rate, "iter_dt": iter_dt}

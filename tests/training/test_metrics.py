@@ -11,6 +11,7 @@ import torch
 from mingpt import distributed
 from mingpt.storage import CheckpointError
 from mingpt.trainer import Trainer
+from mingpt.training import metrics
 from mingpt.training.metrics import MetricsLogger, read_metrics
 
 
@@ -87,3 +88,12 @@ def test_d9_a_bad_line_of_metrics_is_named_and_drops_nothing(tmp_path, line):
     with pytest.raises(CheckpointError, match="line 2"):
         MetricsLogger(new_config(tmp_path, metrics_path=path), 30)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(("progress", "n_lines"), [("auto", 2), (False, 0)])
+def test_without_a_terminal_a_line_is_logged_now_and_then(tmp_path, monkeypatch, caplog, progress, n_lines):
+    monkeypatch.setattr(metrics, "LOG_EVERY_S", 0.0)
+    with caplog.at_level("INFO", logger="mingpt"):
+        log(new_config(tmp_path, progress=progress, max_iters=9), [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert len(caplog.messages) == n_lines
+    assert caplog.messages[-1:] in ([], ["iteration 4 of 9, loss 4.0000"])
