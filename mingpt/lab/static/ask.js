@@ -155,7 +155,7 @@ export function ask(lab) {
       if (own !== current) return;
       answerRow.append(cell);
     }
-    const found = tasks.length ? `It is right for ${tasks.join(", ")}.` : "It is right for none of the tasks.";
+    const found = tasks.length ? `It is right for ${tasks.join(", ")}.` : "It is right for none of the tasks that this page knows.";
     const verdictOfOwn = solution === null ? "" : isSame(answer, solution) ? "The answer is right. " : "The answer is wrong. ";
     verdict.textContent = verdictOfOwn + found;
     showDistribution(answer, probabilities, Math.min(shownToken, length - 1));

@@ -117,7 +117,7 @@ export function mix(lab) {
     const [answer] = lab.answer([lab.chosen.row], shared).answers;
     const tasks = lab.tasksOf(lab.chosen.row, answer);
     answerLine.replaceChildren(tokens(lab.chosen.row), " becomes ", tokens(answer, () => (tasks.length ? "right" : "")),
-      tasks.length ? ` which is right for ${tasks.join(", ")}.` : " which is right for none of the tasks.");
+      tasks.length ? ` which is right for ${tasks.join(", ")}.` : " which is right for none of the tasks that this page knows.");
     const { inputs, solutions } = lab.rows[rowsOf];
     const nRight = Object.fromEntries(lab.taskNames.map((task) => [task, 0]));
     for (let k = 0; k < inputs.length; k += ROWS_AT_ONCE) {
