@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import io
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from mingpt import distributed, lab
+from mingpt.analysis.figures import save_figure
 from mingpt.datasets import CustomDataset
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
@@ -37,7 +37,7 @@ from mingpt.experiments import multistep, pipeline, reproduction
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.experiments.sweep import Study, run_packs, run_study
-from mingpt.huggingface.adapters import load_causal_lm, load_peft
+from mingpt.huggingface.adapters import load_causal_lm, load_peft, without_progress_bar
 from mingpt.huggingface.analysis import analyze as analyze_adapter
 from mingpt.huggingface.analysis import read_rows
 from mingpt.model import GPT
@@ -126,11 +126,10 @@ def _import(context: click.Context, parameter: click.Parameter, names: Sequence[
             raise click.UsageError(
                 f"cannot import {name}: " + ("there is no such file" if is_file else "it is no .py file")
             )
-        context.meta.setdefault("imports", []).append(name)
         sys.path.insert(0, str(path.parent.resolve()) if is_file else "")
         try:
             module = importlib.import_module(path.stem if is_file else name)
-            context.meta.setdefault("imported", set()).add(module.__name__)
+            context.meta.setdefault("imported", {})[name] = module.__name__
         except Exception as error:
             raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from None
         if is_file and Path(module.__file__ or "").resolve() != path.resolve():
@@ -216,7 +215,7 @@ def _find_prefix(prefixes: dict[str, Prefix], name: str, run: Path) -> tuple[str
     """The prefix of a task, or one of several of it by its name, such as Add1-1a2b3c4d."""
     found = name if name in prefixes else str(Task.parse(name))
     if found not in prefixes:
-        imports = "".join(f" --import {each}" for each in click.get_current_context().meta.get("imports", []))
+        imports = "".join(f" --import {each}" for each in click.get_current_context().meta.get("imported", {}))
         command, known = f"mingpt prefix '{found}' --run {run}{imports}", ", ".join(prefixes) or "none"
         raise ValueError(f"no prefix for {found} in {run}; there is one for {known}; {command} makes it")
     return found, prefixes[found]
@@ -438,10 +437,7 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
         if _is_main():
             shutil.rmtree(folder / "all", ignore_errors=True)  # of an export that was cut off
             try:
-                with naming(folder):
-                    from transformers.utils.logging import disable_progress_bar
-
-                    disable_progress_bar()  # it would tell of one file
+                with naming(folder), without_progress_bar():
                     huggingface.to_huggingface(model).save_pretrained(folder / "all" / "model")
                     for name, prefix in chosen.items():
                         huggingface.export_peft(model, prefix, folder / "all" / name)
@@ -481,8 +477,7 @@ def analyze(
         _echo(f"the adapter names {found.base} as its base; that {model} is this model was not checked", err=True)
     if figures and _is_main():
         for name, figure in result.figures().items():
-            figure.savefig(content := io.BytesIO(), dpi=150)
-            write_atomic(figures / f"{name}.png", content.getvalue())
+            save_figure(figure, figures / f"{name}.png")
         _echo(f"figures are in {figures}", err=True)
 
 
@@ -534,7 +529,7 @@ def show_runs(run: Path | None, as_json: bool) -> None:
 def list_tasks(as_json: bool) -> None:
     """List the tasks, each with a sample row."""
     found, text = [], 'a is the first element of the row. Tasks compose: "SortAscending+Add1" sorts, then adds.'
-    imported = click.get_current_context().meta.get("imported", set())
+    imported = click.get_current_context().meta.get("imported", {}).values()
     own = [cls for cls in Task.__subclasses__() if cls.__module__ in imported]
     with_parameters = [f"{each.__name__}{signature(each)}" for each in own if each.__init__ is not object.__init__]
     for task in [*SIMPLE_TASKS, *(cls() for cls in own if cls.__init__ is object.__init__)]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from mingpt.evaluation import ConstraintEffect, Score
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, Record
+from mingpt.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +39,12 @@ PREFIX_COLORS = ("#0173B2", "#B8B8B8")
 _OUTLINE = "#D55E00"  # vermilion
 _Lines = Literal["x", "both"] | None  # of a grid behind the data
 _MIN_FONT = 6.0  # points; smaller text is left out
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, all of it or nothing."""
+    figure.savefig(content := BytesIO(), dpi=150)
+    write_atomic(path, content.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ attention

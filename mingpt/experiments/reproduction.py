@@ -8,7 +8,6 @@ A run is a folder; ``mingpt.experiments.pipeline`` says what its stages leave th
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from mingpt.model import GPT, Record
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import beside, cached_json
 from mingpt.storage.checkpoint import checksum, weights_hash
-from mingpt.storage.files import parsing, write_atomic
+from mingpt.storage.files import parsing
 from mingpt.tasks import PRETRAINING_TASKS, Task
 from mingpt.training.metrics import read_metrics, validation_curves
 from mingpt.utils import CfgNode
@@ -323,6 +322,4 @@ def draw_figures(
             sample, record, n_zeros, data.length, title=title, annot=False
         )
     for label, figure in found.items():
-        content = io.BytesIO()
-        figure.savefig(content, dpi=150)
-        write_atomic(run / "figures" / f"{label}.png", content.getvalue())
+        draw.save_figure(figure, run / "figures" / f"{label}.png")

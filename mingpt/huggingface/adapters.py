@@ -20,6 +20,7 @@ from mingpt.huggingface.causal_lm import CausalLM
 from mingpt.prefix import Prefix
 from mingpt.storage.checkpoint import check_finite
 from mingpt.storage.files import CheckpointError, parsing, read_json
+from mingpt.storage.huggingface import prefix_of_table
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -56,7 +57,7 @@ def load_causal_lm(folder: str | Path, device: torch.device | str = "cpu") -> Ca
 
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a folder that transformers' save_pretrained wrote")
-    with parsing(folder, "a causal language model of transformers"), _without_progress_bar():
+    with parsing(folder, "a causal language model of transformers"), without_progress_bar():
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
         read: Any = AutoModelForCausalLM.from_pretrained
         model, found = read(str(folder), output_loading_info=True, **options)
@@ -106,7 +107,8 @@ def _read(folder: Path, lm: CausalLM) -> PeftAdapter:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
+    """A context in which transformers shows no bar for the files that it reads or writes."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
@@ -130,8 +132,7 @@ def _prefix(table: Tensor, is_prompt: bool, lm: CausalLM) -> Prefix:
         )
     if is_prompt:
         return Prefix("prompt", table[None])
-    values = table.view(len(table), config.n_layer, 2, config.n_embd).permute(1, 2, 0, 3)
-    return Prefix("key_value", values[None].contiguous())
+    return prefix_of_table(table, config.n_layer)
 
 
 def _check_base(base: str | None, lm: CausalLM) -> None:

@@ -141,9 +141,8 @@ def _read_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
                 f"its shape is {tuple(table.shape)}, a model of {n_layer} layers and {n_embd} channels needs "
                 f"{2 * n_layer * n_embd} numbers a position"
             )
-        values = table.view(len(table), n_layer, 2, n_embd).permute(1, 2, 0, 3)
         check_finite(weights, folder)
-        return Prefix("key_value", values[None].contiguous().to(model.device))
+        return prefix_of_table(table.to(model.device), n_layer)
     if config.peft_type == peft.PeftType.LORA:
         names = {name.removeprefix(_ROOT).rpartition(".lora_")[0] for name in weights}
         is_linear = names <= {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -159,6 +158,12 @@ def _read_peft(folder: str | Path, model: GPT) -> Prefix | LoRA:
             raise
         return lora
     raise ValueError(f"an adapter of type {config.peft_type}; prefix tuning and LoRA are supported")
+
+
+def prefix_of_table(table: Tensor, n_layer: int) -> Prefix:
+    """PEFT's table of a prefix, (P, L * 2 * H * D), as a key_value prefix."""
+    values = table.unflatten(1, (n_layer, 2, -1)).permute(1, 2, 0, 3)
+    return Prefix("key_value", values[None].contiguous())
 
 
 def _peft_names(lora: LowRank) -> dict[str, str]:
