@@ -21,14 +21,14 @@ import torch
 
 import mingpt
 from mingpt.datasets import CustomDataset
-from mingpt.evaluation import accuracy_matrix
+from mingpt.evaluation import accuracy_matrix, evaluate
 from mingpt.experiments.pipeline import EVERY_TASK, KINDS, find_task, load_run
 from mingpt.experiments.reproduction import check_results
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import read_cached_json
 from mingpt.storage.files import parsing, read_json, write_atomic
-from mingpt.storage.weights import load_prefixes
+from mingpt.storage.weights import load_prefix, load_prefixes
 from mingpt.tasks import Task
 from mingpt.training.metrics import read_metrics, validation_curves
 
@@ -70,8 +70,11 @@ def run_data(run: str | Path, studies: Iterable[str | Path] = ()) -> dict[str, A
     found: dict[str, Any] = {"about": _about(run), "curves": run_curves(run), "studies": _studies(studies)}
     if (run / "model.safetensors").exists():
         model, _, description = load_run(run, "cpu")
-        prefixes = {kind: load_prefixes(run / name, model) for kind, name in KINDS.items()}
-        found |= model_data(model, {kind: own for kind, own in prefixes.items() if own}, description["data"])
+        prefixes: dict[str, dict[str, Prefix]] = {}
+        for name, prefix in (pair for folder in KINDS.values() for pair in load_prefixes(run / folder, model).items()):
+            prefixes.setdefault(prefix.kind, {})[name] = prefix
+        found |= model_data(model, prefixes, description["data"])
+        found["about"]["own_results"] = _own_results(run, model, description["data"], found["about"])
     return found
 
 
@@ -88,13 +91,17 @@ def model_data(
 
     Returns:
         config, data (length, num_digits, prefix_padding), tensors (by name), prefixes (for each its name, its task or
-        None, kind and n_placeholders; its values are the tensor "prefix/KIND/NAME"), rows (by task: inputs and
-        solutions) and matrix (n_rows, and by kind, prefix and task how many rows are right, computed in float32).
+        None, kind and n_placeholders; its values are the tensor "prefix/KIND/NAME"), own_tasks (the user's, which
+        come first), rows (by task: inputs, solutions, and first and rest, the lowest and the highest value that a row's
+        first element and each of the others may have) and matrix (n_rows, and by kind, prefix and task how many rows
+        are right, computed in float32).
     """
     tensors = {name: value.detach().float().cpu().numpy() for name, value in model.state_dict().items()}
     listed = []
-    order = {name: number for number, name in enumerate(dict.fromkeys([*data["tasks"], *map(str, EVERY_TASK)]))}
     tasks = {name: find_task(name) for own in prefixes.values() for name in own}
+    given = _given_tasks(data)
+    own_tasks = list(dict.fromkeys(str(task) for task in tasks.values() if task and str(task) not in given))
+    order = {name: number for number, name in enumerate([*own_tasks, *given])}
     prefixes = {
         kind: dict(sorted(own.items(), key=lambda item: order.get(str(tasks[item[0]]), len(order))))
         for kind, own in prefixes.items()
@@ -110,10 +117,14 @@ def model_data(
         logger.warning(
             "no task of this name is known, so nothing is right for it: %s; --import its file", ", ".join(unknown)
         )
-    every = dict.fromkeys([*data["tasks"], *(each["task"] for each in listed if each["task"])])
+    every = dict.fromkeys([*own_tasks, *data["tasks"], *(each["task"] for each in listed if each["task"])])
     logger.info("answering %d rows of %d tasks with each of %d prefixes", n_rows, len(every), len(listed))
     sets = {name: CustomDataset.from_description(data, split="test", tasks=[Task.parse(name)]) for name in every}
-    rows = {name: own.rows(range(n_rows)) for name, own in sets.items()}
+    rows = {}
+    for name, own in sets.items():
+        inputs, solutions = own.rows(range(n_rows))
+        values = own.tasks[0].input_values(own.num_digits)
+        rows[name] = {"inputs": inputs.tolist(), "solutions": solutions.tolist()} | values._asdict()
     score = partial(accuracy_matrix, model, datasets=list(sets.values()), n_rows=n_rows, precision="float32")
     matrix = {
         kind: score({"none": None, **own}).map(lambda each: each.n_correct).to_dict("index")
@@ -124,9 +135,40 @@ def model_data(
         "data": {name: data[name] for name in ("length", "num_digits", "prefix_padding")},
         "tensors": tensors,
         "prefixes": listed,
-        "rows": {name: {"inputs": x.tolist(), "solutions": y.tolist()} for name, (x, y) in rows.items()},
+        "own_tasks": own_tasks,
+        "rows": rows,
         "matrix": {"n_rows": n_rows, "n_right": matrix},
     }
+
+
+def _given_tasks(data: Mapping[str, Any]) -> list[str]:
+    """The tasks that are not the user's own: those of the model and the sixteen of the experiment."""
+    return list(dict.fromkeys([*data["tasks"], *map(str, EVERY_TASK)]))
+
+
+def _own_results(run: Path, model: GPT, data: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``mingpt prefix`` found for the user's own tasks, which results.json has not.
+
+    Returns:
+        n_rows, of how many test rows it is; and tasks, as in results.json, with the n_iters of each prefix.
+    """
+    with parsing(run / "config.json", "the settings of a run"):
+        evaluation = {"n_rows": 3200, "precision": "auto"} | about["config"].get("evaluation", {})
+        options = {name: evaluation[name] for name in ("n_rows", "precision")}
+    known = [*_given_tasks(data), *(about["results"]["tasks"] if about["results"] else [])]
+    found: dict[str, dict[str, Any]] = {}
+    for path in (path for folder in KINDS.values() for path in sorted((run / folder).glob("*.safetensors"))):
+        task = find_task(path.stem)
+        if task is None or str(task) in known:
+            continue
+        prefix, description = load_prefix(path, model)
+        rows = CustomDataset.from_description(data, split="test", tasks=[task])
+        if path.stem not in found:
+            found[path.stem] = {"without": {"accuracy": evaluate(model, rows, **options).accuracy}}
+        accuracy = evaluate(model, rows, prefix, **options).accuracy
+        n_iters = description.get("metrics", {}).get("n_iters")
+        found[path.stem][prefix.kind] = {"accuracy": accuracy, "n_iters": n_iters}
+    return {"n_rows": options["n_rows"], "tasks": found}
 
 
 def run_curves(run: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from lab.conftest import LAPTOP, quiet_page
 
-from mingpt.evaluation import predict
+from mingpt.datasets import CustomDataset
+from mingpt.evaluation import evaluate, predict
 from mingpt.experiments.pipeline import load_run
 from mingpt.lab import report
+from mingpt.storage.weights import save_prefix
+from mingpt.tasks import Task
 
 VIEWS = ["Ask", "Mix", "Look", "Matrix", "Curves", "About"]
 
@@ -195,7 +199,7 @@ def test_the_keyboard_reaches_everything(browser, laptop_page):
             assert tab.get_attribute("aria-selected") == "true"
             assert tab.evaluate("(each) => each === document.activeElement")
             panel = page.get_by_role("tabpanel", name=name)
-            parts = panel.locator("button, input, select, [tabindex='0']")
+            parts = panel.locator("button, input, select, summary, [tabindex='0']")
             n_parts = parts.evaluate_all(
                 """(all) => {
                     const names = new Set(); // of several radio buttons of one choice, one is in the order
@@ -223,10 +227,7 @@ def test_what_the_page_says_is_what_torch_says(browser, laptop_page):
         return predict(model, torch.tensor([row]).numpy(), padding, prefix, precision="float32")[0].tolist()
 
     with opened(browser, laptop_page) as page:
-        for number, value in enumerate(row, start=1):
-            cell = page.get_by_label(f"number {number} of the row", exact=True)
-            cell.fill(str(value))
-            cell.blur()
+        type_row(page, *row)
         page.get_by_label("Prefix", exact=True).first.select_option("SortDescending (key_value)")
         group = page.get_by_role("group", name="the answer, token by token")
         group.get_by_role("button").nth(9).wait_for()
@@ -255,6 +256,161 @@ def test_wrong_rows_only(browser, laptop_page):
         for _ in range(5):
             view.get_by_text("The answer is wrong.").wait_for()
             view.get_by_role("button", name="Another row").click()
+
+
+def type_row(view, *values):
+    for number, value in enumerate(values, start=1):
+        cell = view.get_by_label(f"number {number} of the row", exact=True)
+        cell.fill(str(value))
+        cell.blur()
+
+
+def test_a_row_that_is_none_of_the_task_is_not_wrong(browser, laptop_page):
+    """A task's rows are those of its Python class."""
+    with opened(browser, laptop_page) as page:
+        view = page.get_by_role("tabpanel", name="Ask")
+        group = view.get_by_role("group", name="the answer, token by token")
+        lines = view.get_by_role("region", name="what other prefixes say").get_by_role("row")
+        for task, outside, inside in (("Modulo", [9, *[7] * 9], [5, *[7] * 9]), ("InverseBinary", [2] * 10, [1] * 10)):
+            values = Task.parse(task).input_values(10)
+            assert [values.contain(np.array(row)).all() for row in (outside, inside)] == [False, True]
+            view.get_by_label("Prefix", exact=True).select_option(f"{task} (key_value)")
+            line = lines.filter(has=page.get_by_role("rowheader", name=task, exact=True))
+            type_row(view, *outside)
+            assert (
+                f"{values.first.low} to {values.first.high}" in view.get_by_text(f"Not a row of {task}: ").inner_text()
+            )
+            assert "not a row of this task" in line.inner_text()
+            assert line.locator(".wrong, .right").count() == 0
+            assert view.get_by_text("The answer is wrong.").count() == group.get_by_label("wrong").count() == 0
+            type_row(view, *inside)
+            view.get_by_text("The answer is right.").wait_for()
+            assert line.locator(".right").count() == 10
+
+
+def test_the_rows_that_look_offers_are_those_of_the_prefix(browser, laptop_page):
+    """Whichever view it was chosen in; the reader can still choose others, and has them until the next prefix."""
+    with opened(browser, laptop_page) as page:
+        ask = page.get_by_role("tabpanel", name="Ask")
+        for name in ("Modulo", "Add1"):  # Look is opened for the first time, and again
+            open_view(page, "Ask")
+            ask.get_by_label("Prefix", exact=True).select_option(f"{name} (key_value)")
+            look = open_view(page, "Look")
+            rows = look.get_by_label("Rows of")
+            assert rows.locator("option:checked").inner_text() == name
+        rows.select_option("Divisible")
+        look.get_by_role("button", name="Another row").click()
+        assert rows.locator("option:checked").inner_text() == "Divisible"
+        look.get_by_label("Prefix", exact=True).select_option("InverseBinary (key_value)")
+        assert rows.locator("option:checked").inner_text() == "InverseBinary"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_wide_tables_scroll_in_their_box(browser, laptop_page, width):
+    """To their last column, with the names of the lines in sight."""
+    with opened(browser, laptop_page, viewport={"width": width, "height": 900}) as page:
+        n_wide = 0
+        for view in ("Ask", "Mix", "Look", "Matrix", "About"):
+            USES[view](page)
+            if view == "Mix":
+                page.get_by_label("one after the other").check()  # 20 and more positions
+                for n in range(3):
+                    page.get_by_role("button", name="Add a prefix").click()
+                    page.get_by_role("slider").nth(n + 2).fill("1")
+                page.wait_for_selector("[data-is-done=true]")
+            found = page.locator(".scroll").evaluate_all(
+                """(boxes) => boxes.filter((box) => box.checkVisibility()).map((box) => {
+                    box.scrollLeft = 1e6;
+                    box.scrollIntoView({ block: "center" });
+                    const { left, right } = box.getBoundingClientRect();
+                    const edges = (selector, edge) =>
+                        [...box.querySelectorAll(selector)].map((each) => each.getBoundingClientRect()[edge]);
+                    const isCovered = (each) => {
+                        const { left, right, top, bottom } = each.getBoundingClientRect();
+                        const there = document.elementFromPoint((left + right) / 2, (top + bottom) / 2);
+                        return there && !each.contains(there);
+                    };
+                    return {
+                        name: box.ariaLabel, isWide: box.scrollWidth > box.clientWidth, right,
+                        isCut: Math.max(...edges("tr > :last-child", "right")) > right + 1,
+                        isOut: Math.min(...edges("tbody th", "left")) < left - 1,
+                        isHidden: [...box.querySelectorAll("tbody th")].some(isCovered),
+                    };
+                })"""
+            )
+            assert found
+            n_wide += sum(each["isWide"] for each in found)
+            for each in found:
+                assert each["right"] <= width, each
+                assert not any(each[fault] for fault in ("isCut", "isOut", "isHidden")), each
+        assert n_wide == {1280: 1, 390: 3}[width]
+
+
+def test_a_curve_can_be_told_from_the_others(browser, laptop_page):
+    """The pointer on a line, or on its name, or the focus, makes the others fade; a click holds that."""
+    with opened(browser, laptop_page) as page:
+        chart = open_view(page, "Curves").locator("figure", has_text="Validation accuracy")
+        entry = chart.get_by_role("button", name="FilterAtLeastNTimes")
+        clear = lambda: chart.locator("g:not(.faded)").evaluate_all("(all) => all.map((g) => g.textContent)")  # noqa: E731
+        assert len(clear()) == 16
+        entry.hover()
+        assert clear() == ["FilterAtLeastNTimes"]
+        page.mouse.move(0, 0)
+        assert len(clear()) == 16
+        entry.click()
+        page.mouse.move(0, 0)
+        page.get_by_role("tab", name="Curves").focus()
+        assert clear() == ["FilterAtLeastNTimes"]
+        assert entry.get_attribute("aria-pressed") == "true"
+
+
+class Backwards(Task):
+    """A user's own task."""
+
+    def solve(self, x):
+        return x[..., ::-1].copy()
+
+
+@pytest.fixture(scope="module")
+def own_page(tmp_path_factory):
+    """The stored run, to which 'mingpt prefix Backwards' added its prefix."""
+    run = tmp_path_factory.mktemp("own") / "run"
+    (run / "prefixes").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "results.json", "prefixes/Modulo.safetensors"):
+        shutil.copy(LAPTOP / name, run / name)
+    model, prefixes, _ = load_run(LAPTOP, "cpu")
+    path = run / "prefixes" / "Backwards.safetensors"
+    save_prefix(path, prefixes["SortAscending"], model, task="Backwards", metrics={"n_iters": 123})
+    path = run / "lab.html"
+    report.write_report(run, path)
+    return path
+
+
+def test_own_tasks_come_first_and_have_results(browser, own_page):
+    with opened(browser, own_page) as page:
+        for view in ("Ask", "Look", "Mix"):
+            own = open_view(page, view).get_by_label("Rows of").locator("optgroup").first
+            assert own.get_attribute("label") == "own tasks"
+            assert own.locator("option").all_inner_texts() == ["Backwards"]
+        view = open_view(page, "Ask")
+        groups = view.get_by_label("Prefix", exact=True).locator("optgroup")
+        assert groups.evaluate_all("(all) => all.map((each) => each.label)") == [
+            "without one",
+            "own tasks",
+            "key_value",
+        ]
+        assert view.get_by_label("Prefix", exact=True).locator("option:checked").inner_text() == "Backwards"
+        type_row(view, *range(1, 11))
+        view.get_by_text("Of Backwards the page knows the answers to its stored rows only.").wait_for()
+        rows = open_view(page, "About").get_by_role("row")
+        model, prefixes, description = load_run(LAPTOP, "cpu")
+        data = CustomDataset.from_description(description["data"], split="test", tasks=[Backwards()])
+        scores = [f"{evaluate(model, data, each).accuracy:.2%}" for each in (None, prefixes["SortAscending"])]
+        none = "\N{EN DASH}"
+        expected = ["Backwards", "own task", scores[0], none, none, scores[1], "123", none]
+        assert rows.nth(1).inner_text().split("\t") == expected
+        modulo = rows.filter(has_text=re.compile("^Modulo")).inner_text()
+        assert modulo.split("\t")[3:7] == ["100.00%", "200", "100.00%", "200"]
 
 
 def test_a_name_cannot_become_code(browser, laptop_data, tmp_path):

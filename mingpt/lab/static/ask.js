@@ -1,7 +1,7 @@
 // Ask: a row, a prefix, and the answer token by token.
 
 import { breathe } from "./data.js";
-import { checkbox, h, onShade, percent, prefixSelect, s, select, shade, tokens } from "./dom.js";
+import { checkbox, h, onShade, percent, prefixSelect, s, shade, taskSelect, tokens } from "./dom.js";
 import { softmax } from "./model.js";
 import { isSame } from "./tasks.js";
 
@@ -49,7 +49,8 @@ export function rowEditor(lab, onChange) {
 
 /** Buttons that choose one of a task's stored rows: any, or only those that the chosen prefix gets wrong. */
 export function rowPicker(lab, onRow) {
-  let [task, isWrongOnly] = [lab.taskNames[0], false];
+  let followed = lab.chosen.prefix;
+  let [task, isWrongOnly] = [followed.task ?? lab.taskNames[0], false];
   const status = h("span", { class: "note", role: "status" });
   const next = async () => {
     const { inputs, solutions } = lab.rows[task];
@@ -66,7 +67,7 @@ export function rowPicker(lab, onRow) {
     }
     status.textContent = `All ${inputs.length} stored rows of ${task} are right with ${lab.chosen.prefix.label}.`;
   };
-  const tasks = select("Rows of", lab.taskNames.map((name) => [name, name]), task, (name) => {
+  const tasks = taskSelect(lab, "Rows of", task, (name) => {
     task = name;
     next();
   });
@@ -75,8 +76,10 @@ export function rowPicker(lab, onRow) {
     next();
   });
   const element = h("div", { class: "controls" }, tasks, h("button", { onclick: next }, "Another row"), wrong, status);
-  element.follow = (name) => {
-    if (name && name !== task) tasks.show((task = name));
+  /** Offer the rows of the prefix's task, when another prefix is chosen. */
+  element.follow = (prefix) => {
+    if (prefix !== followed && prefix.task) tasks.show((task = prefix.task));
+    followed = prefix;
   };
   return element;
 }
@@ -91,10 +94,7 @@ export function ask(lab) {
   const others = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what other prefixes say" });
   const editor = rowEditor(lab, (row) => lab.choose({ row }));
   const picker = rowPicker(lab, (row) => lab.choose({ row }));
-  const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => {
-    picker.follow(prefix.task);
-    lab.choose({ prefix });
-  });
+  const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => lab.choose({ prefix }));
   let [current, shownToken] = [0, 0];
 
   function showDistribution(answer, probabilities, step) {
@@ -115,16 +115,25 @@ export function ask(lab) {
     const lines = [lab.none, ...lab.prefixes.filter((prefix) => prefix.kind === kind)].map((prefix) => {
       const own = lab.answer([row], prefix).answers[0];
       const solution = lab.solution(prefix.task, row);
-      const verdict = solution === null ? "" : isSame(own, solution) ? "right" : "wrong";
+      const isRow = prefix.task === null || lab.isRowOf(prefix.task, row);
+      const verdict = !isRow ? "not a row of this task" : solution === null ? "" : isSame(own, solution) ? "right" : "wrong";
       const also = lab.tasksOf(row, own).filter((task) => task !== prefix.task);
       return h("tr", {},
         h("th", { scope: "row" }, prefix.name === "none" ? "no prefix" : prefix.name),
         h("td", {}, tokens(own, (i) => (solution && own[i] !== solution[i] ? "wrong" : solution ? "right" : ""))),
-        h("td", {}, verdict), h("td", { class: "note" }, also.join(", ")));
+        h("td", { class: "verdict" }, verdict), h("td", { class: "note", "data-label": "right for other tasks" }, also.join(", ")));
     });
     const head = ["prefix", "its answer", "its task", "what else it would be right for"];
-    others.replaceChildren(h("table", { class: "lines" },
+    others.replaceChildren(h("table", { class: "lines stack" },
       h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, lines)));
+  }
+
+  /** Why the task's answer to a row is not known. */
+  function whyUnknown(task, row) {
+    if (task === null) return "";
+    if (lab.isRowOf(task, row)) return `Of ${task} the page knows the answers to its stored rows only.`;
+    const [first, rest] = ["first", "rest"].map((name) => lab.rows[task][name].join(" to "));
+    return `Not a row of ${task}: ${first === rest ? `its numbers are ${rest}` : `the first number is ${first}, the others are ${rest}`}.`;
   }
 
   async function update() {
@@ -132,10 +141,11 @@ export function ask(lab) {
     const { row, prefix } = lab.chosen;
     editor.show(row);
     prefixes.show(prefix);
+    picker.follow(prefix);
     const { answers: [answer], logits } = lab.answer([row], prefix);
     const probabilities = logits.map(softmax);
     const solution = lab.solution(prefix.task, row);
-    const tasks = lab.tasksOf(row, answer);
+    const tasks = lab.tasksOf(row, answer).filter((task) => task !== prefix.task);
     const cells = answer.map((token, i) => {
       const p = probabilities[i][token];
       const label = `token ${i + 1} is ${token}, probability ${percent(p, 1)}${solution && token !== solution[i] ? ", wrong" : ""}`;
@@ -155,9 +165,11 @@ export function ask(lab) {
       if (own !== current) return;
       answerRow.append(cell);
     }
-    const found = tasks.length ? `It is right for ${tasks.join(", ")}.` : "It is right for none of the tasks that this page knows.";
-    const verdictOfOwn = solution === null ? "" : isSame(answer, solution) ? "The answer is right. " : "The answer is wrong. ";
-    verdict.textContent = verdictOfOwn + found;
+    const isRight = isSame(answer, solution);
+    const ofOwn = solution ? `The answer is ${isRight ? "right" : "wrong"}.` : whyUnknown(prefix.task, row);
+    const ofOthers = tasks.length ? `It is ${isRight ? "also " : ""}right for ${tasks.join(", ")}.`
+      : isRight ? "" : "It is right for none of the tasks that this page knows.";
+    verdict.textContent = `${ofOwn} ${ofOthers}`;
     showDistribution(answer, probabilities, Math.min(shownToken, length - 1));
     showOthers(row, answer);
   }

@@ -18,7 +18,8 @@ const colour = (index) => `var(--series-${index % 8})`;
 const dashes = ["none", "6 3", "2 3"];
 
 /**
- * A chart.
+ * A chart. The legend beside several series is in the order of their last values; the pointer on a line or on its name,
+ * or the focus, makes the others fade, and a click holds that.
  * @param series [{label, points: [[x, y], ...], isDots}], at most 24 of them are told apart.
  * @param options {title, x, y: axis labels, yRange: [low, high], categories: names of the values 0, 1, ... of x}.
  */
@@ -47,12 +48,13 @@ export function chart(series, { title, x, y, yRange, categories }) {
         s("text", { x: toX(value), y: height + 18, "text-anchor": "middle" }, value.toLocaleString("en")),
       );
   const marks = series.map(({ label, points: own, isDots }, k) => {
-    const title = s("title", {}, label);
+    const events = { onpointerenter: () => mark(k), onpointerleave: () => mark(held) };
     if (isDots) {
-      return own.map(([px, py]) => s("circle", { cx: toX(px), cy: toY(py), r: 3.5, fill: colour(k) }, s("title", {}, `${label}: ${py}`)));
+      return s("g", events, own.map(([px, py]) => s("circle", { cx: toX(px), cy: toY(py), r: 3.5, fill: colour(k) }, s("title", {}, `${label}: ${py}`))));
     }
-    const path = own.map(([px, py], i) => `${i ? "L" : "M"}${toX(px).toFixed(1)} ${toY(py).toFixed(1)}`).join("");
-    return s("path", { d: path, class: "line", stroke: colour(k), "stroke-dasharray": dashes[(k >> 3) % 3] }, title);
+    const d = own.map(([px, py], i) => `${i ? "L" : "M"}${toX(px).toFixed(1)} ${toY(py).toFixed(1)}`).join("");
+    return s("g", events, s("title", {}, label), s("path", { d, class: "near" }),
+      s("path", { d, class: "line", stroke: colour(k), "stroke-dasharray": dashes[(k >> 3) % 3] }));
   });
   const axes = [
     s("line", { class: "axis", x1: left, x2: width - right, y1: height, y2: height }),
@@ -61,14 +63,25 @@ export function chart(series, { title, x, y, yRange, categories }) {
   ];
   const box = `0 0 ${width} ${height + bottom}`;
   const svg = s("svg", { viewBox: box, role: "img", "aria-label": `${title}: ${y} over ${x}` }, grid, below, marks, axes);
-  const keys = series.map(({ label, isDots }, k) => {
+  let held = null;
+  /** Let the series of this number stand out; null for none. */
+  function mark(chosen) {
+    for (const each of [marks, keys]) each.forEach((element, k) => element.classList.toggle("faded", chosen !== null && k !== chosen));
+    keys.forEach((key, k) => key.firstChild.setAttribute("aria-pressed", k === held));
+  }
+  const keys = series.map(({ label, points: own, isDots }, k) => {
+    const hold = () => mark((held = held === k ? null : k));
+    const events = { onclick: hold, onfocus: () => mark(k), onblur: () => mark(held), onpointerenter: () => mark(k), onpointerleave: () => mark(held) };
     const dash = dashes[(k >> 3) % 3];
-    const mark = isDots
+    const sample = isDots
       ? s("circle", { cx: 9, cy: 5, r: 3.5, fill: colour(k) })
       : s("line", { class: "line", x1: 0, x2: 18, y1: 5, y2: 5, stroke: colour(k), "stroke-dasharray": dash });
-    return h("li", {}, s("svg", { class: "key", viewBox: "0 0 18 10", "aria-hidden": "true" }, mark), label);
+    const last = isDots ? "" : ` ${own.at(-1)[1]?.toFixed(2) ?? ""}`; // a loss that was not finite is null
+    return h("li", {}, h("button", { "aria-pressed": false, ...events }, s("svg", { class: "key", viewBox: "0 0 18 10", "aria-hidden": "true" }, sample), label, h("small", {}, last)));
   });
-  return h("figure", { class: "chart" }, h("figcaption", {}, title), svg, series.length > 1 && h("ul", { class: "legend" }, keys));
+  const order = series.map((each, k) => [each.isDots ? 0 : -each.points.at(-1)[1], k]).sort((a, b) => a[0] - b[0]);
+  const legend = series.length > 1 && h("ul", { class: "legend" }, order.map(([, k]) => keys[k]));
+  return h("figure", { class: "chart" }, h("figcaption", {}, title), h("div", { class: "plot" }, svg, legend));
 }
 
 /** The colour [red, green, blue] of a number from -1 to 1 in an element's colour scheme; that of 0 is almost the page's. */

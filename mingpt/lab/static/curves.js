@@ -23,10 +23,11 @@ export function curves(lab) {
     const { pretraining, prefixes } = lab.curves;
     const kinds = Object.keys(prefixes);
     state.kind ??= kinds.includes("key_value") ? "key_value" : kinds[0];
-    const own = prefixes[state.kind] ?? {};
+    const isOwn = ([task]) => lab.ownTasks.includes(task);
+    const tasks = Object.entries(prefixes[state.kind] ?? {}).toSorted((a, b) => isOwn(b) - isOwn(a));
     const prefixChart = h("div", {});
     const draw = () => {
-      const series = Object.entries(own).filter(([task]) => !state.hidden.has(task)).map(([label, points]) => ({ label, points }));
+      const series = tasks.filter(([task]) => !state.hidden.has(task)).map(([label, points]) => ({ label, points }));
       const labels = { title: `Validation accuracy of ${state.kind} prefixes`, x: "iterations", y: "accuracy", yRange: [0, 1] };
       prefixChart.replaceChildren(chart(series, labels));
     };
@@ -39,8 +40,9 @@ export function curves(lab) {
         state.kind = kind;
         showTrainings();
       })));
-      parts.push(choices("Tasks", Object.keys(own), (task) => !state.hidden.has(task), (chosen) => {
-        state.hidden = new Set(Object.keys(own).filter((task) => !chosen.has(task)));
+      const names = tasks.map(([task]) => task);
+      parts.push(choices("Tasks", names, (task) => !state.hidden.has(task), (chosen) => {
+        state.hidden = new Set(names.filter((task) => !chosen.has(task)));
         draw();
       }), prefixChart);
       draw();

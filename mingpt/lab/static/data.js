@@ -33,6 +33,7 @@ export class Lab extends EventTarget {
     const lab = new Lab();
     Object.assign(lab, header);
     lab.hasModel = Boolean(header.config);
+    lab.ownTasks = header.own_tasks ?? [];
     if (!lab.hasModel) return lab;
     const tensors = {};
     for (const [name, { shape, offset }] of Object.entries(header.tensors)) {
@@ -48,8 +49,9 @@ export class Lab extends EventTarget {
       values: tensors[`prefix/${prefix.kind}/${prefix.name}`],
     }));
     lab.caches = new Map();
-    const first = lab.prefixes.find((prefix) => prefix.kind === "key_value") ?? lab.prefixes[0] ?? lab.none;
-    lab.chosen = { prefix: first, row: lab.rows[lab.taskNames[0]].inputs[0], position: null };
+    const isFirst = (prefix) => lab.ownTasks.includes(prefix.task) || prefix.kind === "key_value";
+    const first = lab.prefixes.find(isFirst) ?? lab.prefixes[0] ?? lab.none;
+    lab.chosen = { prefix: first, row: lab.rows[first.task ?? lab.taskNames[0]].inputs[0], position: null };
     return lab;
   }
 
@@ -82,9 +84,18 @@ export class Lab extends EventTarget {
     return generate(this.model, rows, shared, this.data.prefix_padding, this.data.length);
   }
 
-  /** What a task makes of a row: computed, or looked up; null where it is not known. */
+  /** Whether a row is one that the task is posed on. */
+  isRowOf(task, row) {
+    const { first, rest } = this.rows[task];
+    return row.every((value, i) => {
+      const [low, high] = i ? rest : first;
+      return low <= value && value <= high;
+    });
+  }
+
+  /** What a task makes of a row: computed, or looked up; null where it is not known, or the row is none of the task. */
   solution(task, row) {
-    if (task === null) return null;
+    if (task === null || !this.isRowOf(task, row)) return null;
     if (isKnown(task)) return solve(task, row);
     const stored = this.rows[task];
     return stored?.solutions[stored.inputs.findIndex((input) => isSame(input, row))] ?? null;

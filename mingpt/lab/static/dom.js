@@ -56,14 +56,25 @@ export function radios(legend, options, value, onChange) {
   return h("fieldset", {}, h("legend", {}, legend), items);
 }
 
-/** A choice among the prefixes of a lab, by kind. */
-export function prefixSelect(lab, label, value, onChange, withNone = true) {
-  const options = withNone ? { "without one": [["no prefix", lab.none]] } : {};
-  for (const prefix of lab.prefixes) (options[prefix.kind] ??= []).push([prefix.label, prefix]);
+const OWN = "own tasks";
+
+/** A choice among the prefixes of a lab: those of the user's own tasks, then by kind. */
+export function prefixSelect(lab, label, value, onChange) {
+  const options = { "without one": [["no prefix", lab.none]] };
+  for (const prefix of lab.prefixes) {
+    (options[lab.ownTasks.includes(prefix.task) ? OWN : prefix.kind] ??= []).push([prefix.label, prefix]);
+  }
   return select(label, options, value, onChange);
 }
 
-export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
+/** A choice among the tasks of a lab, the user's own first. */
+export function taskSelect(lab, label, value, onChange) {
+  const groups = Object.groupBy(lab.taskNames, (name) => (lab.ownTasks.includes(name) ? OWN : "tasks of the run"));
+  const options = Object.entries(groups).map(([group, names]) => [group, names.map((name) => [name, name])]);
+  return select(label, options.length > 1 ? Object.fromEntries(options) : options[0][1], value, onChange);
+}
+
+export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits).replace(/^-(?=[0.]*$)/, "")}%`;
 
 /**
  * A colour of the page's style sheet between that of 0 and that of 1. From the half on it jumps: text can be read on

@@ -30,10 +30,7 @@ export function look(lab) {
   const lens = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "what each layer would answer" });
   const rowLine = h("p", {});
   const picker = rowPicker(lab, (row) => lab.choose({ row }));
-  const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => {
-    picker.follow(prefix.task);
-    lab.choose({ prefix });
-  });
+  const prefixes = prefixSelect(lab, "Prefix", lab.chosen.prefix, (prefix) => lab.choose({ prefix }));
   let [seen, seenWithout] = [null, null];
 
   /** The attention of a head as shown, (T, keys), and its sizes. */
@@ -186,6 +183,7 @@ export function look(lab) {
   function update() {
     const { row, prefix } = lab.chosen;
     prefixes.show(prefix);
+    picker.follow(prefix);
     seen = observe(lab, row, prefix);
     seenWithout = prefix === lab.none ? seen : observe(lab, row, lab.none);
     rowLine.replaceChildren(tokens(row), " becomes ", tokens(seen.answer));

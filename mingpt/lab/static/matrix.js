@@ -41,16 +41,18 @@ export function matrix(lab) {
     for (const line of wrong) for (const other of line.tasks) counts.set(other, (counts.get(other) ?? 0) + 1);
     const others = [...counts].sort((a, b) => b[1] - a[1]).map(([other, n]) => `${other} ${n}`);
     const shown = wrong.length ? wrong : lines;
-    const rows = shown.slice(0, 50).map(({ input, solution, answer, tasks }) => h("tr", {},
-      h("td", {}, tokens(input)), h("td", {}, tokens(answer, (i) => (answer[i] === solution[i] ? "right" : "wrong"))),
-      h("td", {}, tokens(solution)), h("td", { class: "note" }, tasks.filter((other) => other !== task).join(", "))));
+    const head = ["row", "answer", "right answer", "right for other tasks"];
+    const rows = shown.slice(0, 50).map(({ input, solution, answer, tasks }) => {
+      const marked = tokens(answer, (i) => (answer[i] === solution[i] ? "right" : "wrong"));
+      const cells = [tokens(input), marked, tokens(solution), tasks.filter((other) => other !== task).join(", ")];
+      return h("tr", {}, cells.map((cell, i) => h(i ? "td" : "th", { "data-label": head[i], scope: i ? null : "row" }, cell)));
+    });
     const what = wrong.length ? `${wrong.length} of ${nRows} rows are wrong` : `All ${nRows} rows are right`;
     const rest = shown.length > 50 ? "; the first 50 are shown" : "";
-    const head = ["row", "answer", "right answer", "what else the answer is right for"];
     const heading = h("h2", { tabindex: -1 }, `${name === "none" ? "No prefix" : name} on ${task}`);
     details.replaceChildren(heading,
       h("p", {}, `${what}${rest}.`, others.length > 0 && ` Of those that are wrong, the answer is right for: ${others.join(", ")}.`),
-      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "rows" }, h("table", { class: "lines" },
+      h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "rows" }, h("table", { class: "lines stack" },
         h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, rows))));
     heading.focus();
   }

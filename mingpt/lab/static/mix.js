@@ -1,7 +1,7 @@
 // Mix: one prefix of several, and what it does to a row and to 200.
 
 import { breathe } from "./data.js";
-import { checkbox, h, percent, prefixSelect, radios, select, tokens } from "./dom.js";
+import { h, percent, radios, select, taskSelect, tokens } from "./dom.js";
 import { concatenate, keepPositions, ofPrefix, weightedSum, withKeysOf } from "./prefix.js";
 import { isSame } from "./tasks.js";
 
@@ -119,7 +119,7 @@ export function mix(lab) {
     answerLine.replaceChildren(tokens(lab.chosen.row), " becomes ", tokens(answer, () => (tasks.length ? "right" : "")),
       tasks.length ? ` which is right for ${tasks.join(", ")}.` : " which is right for none of the tasks that this page knows.");
     const { inputs, solutions } = lab.rows[rowsOf];
-    const nRight = Object.fromEntries(lab.taskNames.map((task) => [task, 0]));
+    const counts = Object.fromEntries(lab.taskNames.map((task) => [task, { nRight: 0, nRows: 0 }]));
     for (let k = 0; k < inputs.length; k += ROWS_AT_ONCE) {
       await breathe();
       if (own !== current) return;
@@ -127,19 +127,21 @@ export function mix(lab) {
       lab.answer(rows, shared).answers.forEach((answer, i) => {
         for (const task of lab.taskNames) {
           const solution = task === rowsOf ? solutions[k + i] : lab.solution(task, rows[i]);
-          if (isSame(solution, answer)) nRight[task]++;
+          if (solution) counts[task].nRows++;
+          if (isSame(solution, answer)) counts[task].nRight++;
         }
       });
-      showAccuracy(nRight, k + rows.length, inputs.length);
+      showAccuracy(counts, k + rows.length, inputs.length);
     }
   }
 
-  function showAccuracy(nRight, n, nAll) {
-    counted.textContent = `${n} of ${nAll} rows of ${rowsOf}`;
+  function showAccuracy(counts, n, nAll) {
+    counted.textContent = `${n} of ${nAll} rows of ${rowsOf}; for another task, those that are also its rows`;
     counted.dataset.isDone = n === nAll;
     accuracy.replaceChildren(...lab.taskNames.flatMap((task) => {
-      const share = nRight[task] / n;
-      return [h("span", {}, task), h("span", { class: "bar" }, h("span", { style: `width: ${100 * share}%` })), h("span", {}, percent(share, 1))];
+      const { nRight, nRows } = counts[task];
+      const share = nRows ? nRight / nRows : 0;
+      return [h("span", {}, task), h("span", { class: "bar" }, h("span", { style: `width: ${100 * share}%` })), h("span", {}, nRows ? percent(share, 1) : "no rows")];
     }));
   }
 
@@ -151,7 +153,7 @@ export function mix(lab) {
     update();
   });
   const kind = kinds.length > 1 && select("Kind", kinds.map((each) => [each, each]), state.kind, setKind);
-  const rows = select("Rows of", lab.taskNames.map((task) => [task, task]), rowsOf, (task) => {
+  const rows = taskSelect(lab, "Rows of", rowsOf, (task) => {
     rowsOf = task;
     lab.choose({ row: lab.rows[task].inputs[0] });
   });
