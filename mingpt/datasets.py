@@ -82,11 +82,11 @@ class CustomDataset(torch.utils.data.Dataset):
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, Task) for task in tasks):
             raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], at least one, got {tasks!r}")
-        self.length = _integer("length", length, 1, MAX_LENGTH)
-        self.num_digits = _integer("num_digits", num_digits, 2, 2**31 - 1)  # drawn from 32 random bits
-        self.prefix_padding = _integer("prefix_padding", prefix_padding, 0, MAX_LENGTH)
-        self.size = _integer("size", size, 1)
-        self.seed = _integer("seed", seed)
+        self.length = integer("length", length, 1, MAX_LENGTH)
+        self.num_digits = integer("num_digits", num_digits, 2, 2**31 - 1)  # drawn from 32 random bits
+        self.prefix_padding = integer("prefix_padding", prefix_padding, 0, MAX_LENGTH)
+        self.size = integer("size", size, 1)
+        self.seed = integer("seed", seed)
         self.split, self.tasks = split, tuple(tasks)
         self._streams: list[_RowStream] = []  # of each task
         self._outputs: list[Interval] = []
@@ -148,6 +148,11 @@ class CustomDataset(torch.utils.data.Dataset):
             inputs[own] = stream.take(indices[own])
             solutions[own] = _solve(task, inputs[own], promised)
         return inputs, solutions
+
+    def context(self, n_tokens: int) -> np.ndarray:
+        """Tokens that show what the tasks are, (n_tokens,) of int64: the first row and its solution, over and over."""
+        inputs, solutions = self.rows([0])
+        return np.resize(np.concatenate([inputs[0], solutions[0]]), n_tokens)
 
     def get_vocab_size(self) -> int:
         """How many tokens there are: num_digits + 3, more where a task reads or produces more."""
@@ -298,7 +303,7 @@ def _block(stream: _RowStream, number: int) -> np.ndarray:
     return np.concatenate(found)[:BLOCK_ROWS]
 
 
-def _integer(name: str, value: int, least: float = -math.inf, most: float = math.inf) -> int:
+def integer(name: str, value: int, least: float = -math.inf, most: float = math.inf) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:

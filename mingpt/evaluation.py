@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.datasets import CustomDataset, check_fits
+from mingpt.datasets import IGNORED, CustomDataset, check_fits
 from mingpt.decoding.logits_processors import Constraint
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix, evaluation_mode
 from mingpt.tasks import SIMPLE_TASKS, Task
+from mingpt.text import TextDataset
 from mingpt.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -91,25 +92,28 @@ class Score:
 
 
 def evaluate(
-    model: GPT, dataset: CustomDataset, prefixes: AnyPrefix = None, n_rows: int = N_ROWS, **options: Any
+    model: GPT, dataset: CustomDataset | TextDataset, prefixes: AnyPrefix = None, n_rows: int = N_ROWS, **options: Any
 ) -> Score:
     """Count the rows, of the dataset's first ``n_rows``, whose every output token is right in a greedy answer.
 
     That is so where each token of the solution is the likeliest after those before it. One pass over inputs and
     solutions tells, without decoding; only with logits processors, or a record of what they
-    forbid, the answers are generated.
+    forbid, the answers are generated. Text is always told by one pass.
 
     Args:
         model: a GPT.
         dataset: usually of the "test" split; its prefix_padding is where the prefix goes.
         prefixes: one prefix for all rows, or one per row for ``n_rows`` rows.
         n_rows: how many rows.
-        options: batch_size, precision, logits_processors, forbidden_mass_record; see ``predict``.
+        options: batch_size, precision, logits_processors, forbidden_mass_record; see ``predict``. Text takes the
+            first two.
 
     Raises:
         ValueError: if ``n_rows`` is not positive, the model is too small for the dataset, or the prefix is longer than
             the dataset's prefix_padding.
     """
+    if isinstance(dataset, TextDataset):
+        return _evaluate_text(model, dataset, prefixes, n_rows, **options)
     inputs, solutions = _rows(model, dataset, n_rows)
     is_generated = options.get("logits_processors") or options.get("forbidden_mass_record") is not None
     known = None if is_generated else solutions
@@ -117,10 +121,47 @@ def evaluate(
     return Score.of(outputs, solutions, inputs)
 
 
-def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The dataset's first inputs and solutions, (N, L) each, checked to fit the model."""
+@torch.no_grad()
+def _evaluate_text(
+    model: GPT,
+    dataset: TextDataset,
+    prefixes: AnyPrefix,
+    n_rows: int,
+    batch_size: int = 400,
+    precision: str = "auto",
+) -> Score:
+    """``evaluate`` on text, whose answers are of any length: an answer is right where each target is the likeliest."""
+    _check_n_rows(n_rows)
+    dataset.check_fits(model.config.vocab_size, model.config.block_size)
+    prefix = None if prefixes is None else as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
+    if prefix is not None and prefix.n_placeholders > dataset.prefix_padding:
+        expected = f"prefix_padding has {dataset.prefix_padding}"
+        raise ValueError(f"the prefix has {prefix.n_placeholders} positions, {expected}")
+    x, y = dataset.batch(range(n_rows))
+    predicted = []
+    with evaluation_mode(model), autocast(precision, model.device):
+        for start in range(0, n_rows, batch_size):
+            rows = slice(start, start + batch_size)
+            own = None if prefix is None else prefix.for_rows(rows, n_rows)
+            logits, _ = model(x[rows].to(model.device), prefixes=own, n_last=dataset.length)
+            predicted.append(logits.argmax(dim=-1).cpu())
+    y = y[:, -dataset.length :]
+    is_scored, is_right = y != IGNORED, torch.cat(predicted) == y
+    first_mistake = (is_scored.cumsum(dim=1) - 1).where(is_scored & ~is_right, dataset.length).amin(dim=1)
+    n_most = int(is_scored.sum(dim=1).max())
+    by_position = tuple((first_mistake > k).double().mean().item() for k in range(n_most))
+    n_distinct = len({row.tobytes() for row in x.numpy()})
+    return Score(int((first_mistake == dataset.length).sum()), n_rows, by_position, n_distinct)
+
+
+def _check_n_rows(n_rows: int) -> None:
     if n_rows < 1:
         raise ValueError(f"n_rows must be at least 1, got {n_rows}")
+
+
+def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The dataset's first inputs and solutions, (N, L) each, checked to fit the model."""
+    _check_n_rows(n_rows)
     dataset.check_fits(model.config.vocab_size, model.config.block_size)
     return dataset.rows(range(n_rows))
 

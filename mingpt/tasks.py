@@ -10,15 +10,12 @@ would meet a row on which it is not defined.
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mingpt.utils import nearest, parse_value
+from mingpt.algebra import AnyTask
 
 UNBOUNDED = 2**31
 """Stands for "however many digits, however long a row" where a composition is judged."""
@@ -62,11 +59,10 @@ class Values(NamedTuple):
         return is_rest
 
 
-class Task:
+class Task(AnyTask):
     """A function on rows of integers; subclass it and write ``solve`` to add one.
 
-    Tasks are values: two of the same class and parameters are equal, hashable, and ``Task.parse(str(task)) == task``.
-    The parameters are the arguments of the class's ``__init__``, each kept as an attribute of the same name.
+    Tasks are values with names, and compose with ``+``: see ``mingpt.algebra``.
     """
 
     has_repeats: bool = True
@@ -74,12 +70,6 @@ class Task:
 
     requirement: str = "its rows do not meet the task's requirement"
     """What a row must satisfy for the task to be defined on it, for error messages."""
-
-    _classes: ClassVar[dict[str, type[Task]]] = {}  # those that parse knows, by name
-
-    def __init_subclass__(cls) -> None:
-        if not cls.__name__.startswith("_"):
-            Task._classes[cls.__name__] = cls  # of several classes of one name, the newest
 
     def solve(self, x: np.ndarray) -> np.ndarray:
         """Map rows ``x`` (..., L) of int64 to rows of the same shape, without changing ``x``.
@@ -138,84 +128,11 @@ class Task:
             raise ValueError(f"{self} meets the value {lost}, which {cast.dtype} cannot hold; use a wider dtype")
         return cast
 
-    @cached_property
-    def tasks(self) -> tuple[Task, ...]:
-        """The simple tasks that this one consists of, in order."""
-        return (self,)
-
-    def __add__(self, other: Task) -> CompositeTask:
-        """First this task, then the other: ``(f + g)(x) == g(f(x))``."""
-        if not isinstance(other, Task):
-            return NotImplemented
-        return CompositeTask(*self.tasks, *other.tasks)
-
-    @staticmethod
-    def parse(text: str) -> Task:
-        """Read a task from its name: ``"SortAscending"``, ``"AddN(3)"`` or ``"SortAscending+Add1"``.
-
-        Raises:
-            ValueError: for a name that is no task, with the known ones, arguments that are no literals or that the
-                task does not take, or a composition that is not defined.
-        """
-        try:
-            node: ast.expr = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError):
-            node = ast.Name(text)
-        parts = []
-        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            parts.append(node.right)
-            node = node.left
-        tasks = [_make_task(part, text) for part in [node, *reversed(parts)]]
-        return tasks[0] if len(tasks) == 1 else CompositeTask(*tasks)
-
-    def __str__(self) -> str:
-        return repr(self).removesuffix("()")
-
-    def __repr__(self) -> str:
-        """The call that makes this task.
-
-        Raises:
-            TypeError: if an argument is not kept as an attribute, or ``Task.parse`` could not read it back.
-        """
-        name, arguments = type(self).__name__, []
-        for argument, parameter in inspect.signature(type(self)).parameters.items():
-            if not hasattr(self, argument):
-                raise TypeError(f"{name}.__init__ takes {argument} and must keep it: self.{argument} = {argument}")
-            value = getattr(self, argument)
-            value = repr(value.item() if isinstance(value, np.generic) else value)
-            if repr(parse_value(value)) != value:
-                raise TypeError(f"{name} has {argument} = {value}; use numbers, text, or lists and tuples of them")
-            arguments.append(f"{argument}={value}" if parameter.kind is parameter.KEYWORD_ONLY else value)
-        return f"{name}({', '.join(arguments)})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Task):
-            return False
-        return str(self) == str(other) and [type(task) for task in self.tasks] == [type(task) for task in other.tasks]
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-
-def _make_task(node: ast.expr, text: str) -> Task:
-    """The simple task that a part of the name ``text`` stands for: ``Add1`` or ``AddN(3)``."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    name = ast.unparse(call.func)
-    if name not in Task._classes:
-        known = f"the tasks are {', '.join(Task._classes)}"
-        unknown = f"unknown task {name!r}{nearest(name, Task._classes)} in {text!r}; {known}"
-        raise ValueError(f"{unknown}; import the file that defines it (--import on the command line)")
-    try:
-        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-        return Task._classes[name](*map(ast.literal_eval, call.args), **named)
-    except (TypeError, ValueError) as error:
-        expected = f"{name}{inspect.signature(Task._classes[name])} with literals such as 3 or 'x'"
-        reason = str(error).split(" on line")[0]
-        raise ValueError(f"{ast.unparse(call)!r} in {text!r} is no task; write {expected}: {reason}") from error
-
 
 class CompositeTask(Task):
     """Several tasks in a row; made with ``+``, flat, and checked when it is built."""
+
+    _composite = Task
 
     requirement = "one of its tasks would meet a row on which it is not defined"
 
@@ -255,14 +172,6 @@ class CompositeTask(Task):
             x = task.solve(x)
         return is_defined
 
-    def __str__(self) -> str:
-        return "+".join(map(str, self.tasks))
-
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, self.tasks))
-
-
-del Task._classes["CompositeTask"]  # made with "+", not by name
 
 # ------------------------------------------------------------------------------------------------- sorting
 
@@ -439,5 +348,5 @@ TEST_TASKS = (
 )
 """The nine that the model meets only when a prefix is trained: four new ones and five compositions."""
 
-SIMPLE_TASKS = tuple(cls() for cls in Task._classes.values())
+SIMPLE_TASKS = tuple(cls() for cls in Task.classes().values())
 """The eleven tasks that compositions are made of."""

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from mingpt import distributed
 from mingpt.adapters import Adapter, PrefixAdapter
-from mingpt.datasets import IGNORED, CustomDataset
+from mingpt.datasets import IGNORED
 from mingpt.distributed.sharding import distribute_like, full_tensor, fully_shard
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
@@ -41,7 +41,7 @@ from mingpt.utils import CfgNode
 logger = logging.getLogger("mingpt")
 
 AnyDataset = batches.MapDataset | batches.BatchedDataset
-OneOrMore = CustomDataset | Sequence[CustomDataset]
+OneOrMore = batches.TaskDataset | Sequence[batches.TaskDataset]
 """What a Trainer trains on; what an AdapterTrainer trains on, a dataset for each adapter."""
 
 LEAST: dict[str, int] = dict.fromkeys(
@@ -185,7 +185,7 @@ class Trainer:
         if config.batch_size < n_processes:
             raise ValueError(f"{n_processes} processes cannot share {config.batch_size} rows; raise batch_size")
         self._hints: dict[str, int] = {}  # padding is the same in every row, and only solutions are scored
-        if isinstance(model, GPT) and isinstance(train_dataset, CustomDataset | batches.JointDataset):
+        if isinstance(model, GPT) and isinstance(train_dataset, batches.OwnDataset):
             train_dataset.check_fits(model.config.vocab_size, model.config.block_size)
             self._hints = {"n_shared": train_dataset.prefix_padding, "n_last": train_dataset.length}
         self.config, self.model, self.train_dataset = config, model.to(self.device), train_dataset
@@ -478,7 +478,7 @@ class AdapterTrainer(Trainer):
             learning_rates: of each adapter, the configuration's by default.
 
         Raises:
-            TypeError: if a list holds anything but CustomDatasets.
+            TypeError: if a list holds anything but a CustomDataset or a TextDataset.
             ValueError: if the adapter does not fit the model or its datasets, or as for ``Trainer``.
         """
         data = batches.JointDataset(train_dataset if isinstance(train_dataset, Sequence) else [train_dataset])

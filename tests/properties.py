@@ -6,7 +6,8 @@ A new task is checked in one line, ``check_task_properties(MyTask())``, or on ge
     def test_my_task(data):
         check_task_properties(MyTask(), **data.draw(posed_rows(MyTask())))
 
-And a new logits processor in one, ``check_processor_laws(MyProcessor())``.
+``check_text_task_properties(MyTask())`` checks a task on text, ``check_processor_laws(MyProcessor())`` a new logits
+processor.
 
 Each property is a function that raises ``AssertionError`` with what was broken; ``check_task_properties`` and
 ``check_processor_laws`` run them all.
@@ -15,6 +16,7 @@ Each property is a function that raises ``AssertionError`` with what was broken;
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,8 +26,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mingpt.algebra import AnyTask
 from mingpt.decoding.logits_processors import Constraint, Context, LogitsProcessor, State
 from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
+from mingpt.text import TextTask
+from mingpt.text.tasks import KINDS, Draws
 
 # --------------------------------------------------------------------------------------------------- tasks
 
@@ -235,6 +240,27 @@ def compositions(draw: st.DrawFn, min_tasks: int = 1, max_tasks: int = 4) -> Tas
         task = task + draw(st.sampled_from(followers))
     assert len(task.tasks) == 1 or isinstance(task, CompositeTask)
     return task
+
+
+# ---------------------------------------------------------------------------------------------------- tasks on text
+
+
+def check_text_task_properties(task: TextTask, texts: Sequence[str] = ()) -> None:
+    """Check everything that a text task promises, on texts that it draws and on those given."""
+    assert AnyTask.parse(str(task)) == TextTask.parse(str(task)) == task
+    assert hash(AnyTask.parse(str(task))) == hash(task)
+    assert eval(repr(task), {type(each).__name__: type(each) for each in task.tasks}) == task
+    draws = Draws(np.random.Philox(7))
+    drawn = [task.draw(draws) for _ in range(100)]
+    assert len(set(drawn)) > 20, f"{task} draws {len(set(drawn))} different texts in 100"
+    assert drawn == [task.draw(again) for again in [Draws(np.random.Philox(7))] for _ in range(100)]
+    kind = KINDS[task.output_kind(task.reads)]
+    for text in [*drawn, *texts]:
+        answer, by_steps = task(text), text
+        assert re.fullmatch(kind, answer), f"{task} says it writes {task.output_kind(task.reads)}, and gives {answer!r}"
+        for step in task.tasks:
+            by_steps = step(by_steps)  # each step meets only what it reads
+        assert answer == by_steps == task(text)
 
 
 # --------------------------------------------------------------------------------------------- logits processors

@@ -18,12 +18,15 @@ PACKAGE = Path(mingpt.__file__).parent
 ROOT_LIMIT = 12
 
 FLOORS = [
-    {"utils", "tasks", "kv_cache", "distributed"},
-    {"datasets", "prefix"},
-    {"decoding"},
+    {"utils", "kv_cache", "distributed"},
+    {"algebra", "prefix"},
+    {"tasks"},
+    {"datasets", "decoding"},
     {"model"},
     {"adapters"},
-    {"storage", "training"},
+    {"storage"},
+    {"text"},
+    {"training"},
     {"trainer", "evaluation"},
     {"analysis", "experiments"},
     {"huggingface"},

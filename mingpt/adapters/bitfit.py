@@ -14,7 +14,7 @@ from mingpt.model import GPT
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
-    from mingpt.datasets import CustomDataset
+    from mingpt.training.batches import TaskDataset
 
 
 class BitFit(Adapter):
@@ -22,7 +22,7 @@ class BitFit(Adapter):
 
     unit = None
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
         biases = {each: getattr(each, "bias", None) for each in model.modules()}
         self._biases = {layer: bias for layer, bias in biases.items() if isinstance(bias, Tensor)}

@@ -20,7 +20,7 @@ from mingpt.model import GPT
 from mingpt.utils import CfgNode, match_rules
 
 if TYPE_CHECKING:
-    from mingpt.datasets import CustomDataset
+    from mingpt.training.batches import TaskDataset
 
 MLP, ATTENTION = r"mlp\.c_", r"attn\.c_attn"
 
@@ -134,7 +134,7 @@ class TargetedLoRA(LowRank):
 
     targets: ClassVar[str]
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, size, self.targets, n_placeholders=dataset.prefix_padding)
 
     @classmethod
@@ -161,7 +161,7 @@ class DoRA(MLPLoRA):
     The norm gets no gradient, as in the paper's section 4.3.
     """
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, dataset, size)
         layers = self._layers.values()
         self.magnitude = nn.ParameterList([layer.weight.detach().norm(dim=1)[None] for layer in layers])
@@ -200,7 +200,7 @@ class VeRA(TargetedLoRA):
     shared_a: Tensor
     shared_b: Tensor
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, dataset, size)
         del self.a, self.b
         drawn, widest = torch.Generator().manual_seed(0), 4 * model.config.n_embd
@@ -239,7 +239,7 @@ class IA3(Adapter):
 
     unit = None
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
         width, device = model.config.n_embd, model.device
         self.keys_values = nn.ParameterList([torch.ones(1, 2 * width, device=device) for _ in model.blocks])

@@ -18,7 +18,7 @@ from mingpt.prefix import Prefix
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
-    from mingpt.datasets import CustomDataset
+    from mingpt.training.batches import TaskDataset
 
 
 class LoReFT(Adapter):
@@ -27,7 +27,7 @@ class LoReFT(Adapter):
     The paper intervenes at some positions, here it is all of the content and the padding.
     """
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, dataset.prefix_padding)
         width, layers = model.config.n_embd, model.blocks
         self.basis, self.w, self.bias = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
@@ -84,7 +84,7 @@ class PrefixTuningPlus(_BesideAttention):
 
     unit = None
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
         n_head, width = model.config.n_head, model.config.n_embd // model.config.n_head
         zeros = torch.zeros(1, model.config.n_layer, n_head, width, width, device=model.device)
@@ -107,7 +107,7 @@ class GatedPrefix(_BesideAttention):
 
     unit = "positions"
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, dataset.prefix_padding)
         config, device = model.config, model.device
         self.values = nn.Parameter(torch.randn(1, config.n_layer, 2, size, config.n_embd).to(device))
@@ -131,7 +131,7 @@ class PrefixAndLoRA(Adapter):
 
     unit = "positions"
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, dataset.prefix_padding)
         self.key_value, self.lora = KeyValuePrefix(model, dataset, size), MLPLoRA(model, dataset, 1)
 
@@ -153,7 +153,7 @@ class FullFineTuning(Adapter):
 
     unit = None
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int = 1):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int = 1):
         super().__init__(model, dataset.prefix_padding)
         self._names, self._rows_per_group = [name for name, _ in model.named_parameters()], 1
         self.changes = nn.ParameterList([torch.zeros_like(p)[None] for p in model.parameters()])

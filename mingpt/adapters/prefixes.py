@@ -14,7 +14,7 @@ from mingpt.prefix import Prefix, as_key_value, initial_prefix
 from mingpt.utils import CfgNode
 
 if TYPE_CHECKING:
-    from mingpt.datasets import CustomDataset
+    from mingpt.training.batches import TaskDataset
 
 
 class PrefixAdapter(Adapter):
@@ -34,7 +34,7 @@ class PrefixAdapter(Adapter):
         return replace(self._prefix, values=self.own(self.values))
 
 
-def _fresh(model: GPT, dataset: CustomDataset, size: int, kind: str, init: str) -> Prefix:
+def _fresh(model: GPT, dataset: TaskDataset, size: int, kind: str, init: str) -> Prefix:
     values = initial_prefix(model, size, init, kind).detach()
     return Prefix(kind, values[None], n_placeholders=dataset.prefix_padding)
 
@@ -42,7 +42,7 @@ def _fresh(model: GPT, dataset: CustomDataset, size: int, kind: str, init: str) 
 class SoftPrompt(PrefixAdapter):
     """Embeddings in the place of the padding's (Lester et al. 2021)."""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, _fresh(model, dataset, size, "prompt", "padding"))
 
     @staticmethod
@@ -53,7 +53,7 @@ class SoftPrompt(PrefixAdapter):
 class ActivationPrefix(PrefixAdapter):
     """What every layer's first LayerNorm sees (Petrov et al. 2024), from what it sees at the padding."""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, _fresh(model, dataset, size, "activation", "padding"))
 
     @staticmethod
@@ -64,7 +64,7 @@ class ActivationPrefix(PrefixAdapter):
 class KeyValuePrefix(PrefixAdapter):
     """Every layer's keys and values (Li & Liang 2021), from random ones."""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         super().__init__(model, _fresh(model, dataset, size, "key_value", "random"))
 
     @staticmethod
@@ -94,7 +94,7 @@ class PartlyTrainedPrefix(Adapter):
 class ValuePrefix(PartlyTrainedPrefix):
     """Values of its own over keys that are drawn once and shared by all adapters: does a prefix need keys?"""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         init = initial_prefix(model, size, "random", "key_value").detach()
         drawn = torch.Generator().manual_seed(0)
         init[:, 0] = torch.randn(init[:, 0].shape, generator=drawn).to(init.device)
@@ -108,7 +108,7 @@ class ValuePrefix(PartlyTrainedPrefix):
 class UpperLayersPrefix(PartlyTrainedPrefix):
     """A key_value prefix in the upper half of the layers; the lower half attends to the padding, as before."""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         init = initial_prefix(model, size, "padding", "key_value").detach()
         is_trained = (torch.arange(len(init)) >= len(init) // 2).view(-1, 1, 1, 1)
         init[is_trained.flatten()] = torch.randn_like(init[is_trained.flatten()])
@@ -120,15 +120,14 @@ class UpperLayersPrefix(PartlyTrainedPrefix):
 
 
 class Cartridge(PartlyTrainedPrefix):
-    """A key_value prefix that begins as the cache of a row and its solution, cut to its size; the first position stays.
+    """A key_value prefix that begins as the cache of solved examples, cut to its size; the first position stays.
 
     As PEFT's ``CARTRIDGE`` (Eyuboglu et al. 2025), which begins as the cache of the text that it compresses. Its loss
     there imitates a model that reads the text; here, where the model cannot learn from context, it is the task's.
     """
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
-        inputs, solutions = (torch.from_numpy(rows[0]) for rows in dataset.rows([0]))
-        tokens = torch.cat([inputs, solutions]).repeat(size)[:size]
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
+        tokens = torch.from_numpy(dataset.context(size))
         init = as_key_value(model, Prefix("prompt", model.transformer.wte.weight[tokens.to(model.device)][None]))
         super().__init__(model, init, torch.arange(size)[:, None] > 0, dataset.prefix_padding)
 
@@ -184,7 +183,7 @@ class Reparametrization(Adapter):
 class ReparametrizedPrefix(Reparametrization):
     """A key_value prefix that a network makes, see ``Reparametrization``, from the padding's keys and values."""
 
-    def __init__(self, model: GPT, dataset: CustomDataset, size: int):
+    def __init__(self, model: GPT, dataset: TaskDataset, size: int):
         init = initial_prefix(model, size, "padding", "key_value").detach()
         super().__init__(model, init[None], dataset.prefix_padding)
 

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from mingpt.datasets import CustomDataset
+from mingpt.text import CorpusDataset, MixtureDataset, TextDataset
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, with the examples along the first axis."""
 
 Shard = tuple[int, int]
 """A process's rank and the world size: which share of each batch is its own."""
+
+
+TaskDataset = CustomDataset | TextDataset
+"""Examples of tasks: what an adapter is trained on."""
 
 
 class MapDataset(Protocol):
@@ -69,16 +74,17 @@ def shard_indices(indices: Sequence[int], shard: Shard) -> Sequence[int]:
 class JointDataset:
     """K datasets whose examples share batches, grouped by dataset."""
 
-    def __init__(self, datasets: Sequence[CustomDataset]):
+    def __init__(self, datasets: Sequence[TaskDataset]):
         """Join ``datasets``, at least one.
 
         Raises:
-            TypeError: for anything but CustomDatasets.
+            TypeError: for anything but a CustomDataset or a TextDataset.
             ValueError: if their lengths or prefix_paddings differ: a plain mean of the loss would favour the longer.
         """
         for dataset in datasets:
-            if not isinstance(dataset, CustomDataset):
-                raise TypeError(f"datasets that share batches must be CustomDatasets, got a {type(dataset).__name__}")
+            if not isinstance(dataset, TaskDataset):
+                expected = "datasets that share batches must be CustomDatasets or TextDatasets"
+                raise TypeError(f"{expected}, got a {type(dataset).__name__}")
         sizes = sorted({(dataset.length, dataset.prefix_padding) for dataset in datasets})
         if len(sizes) != 1:
             found = sizes or "none"
@@ -102,3 +108,7 @@ class JointDataset:
     def describe(self) -> list[dict[str, Any]]:
         """Each dataset's description."""
         return [dataset.describe() for dataset in self.datasets]
+
+
+OwnDataset = TaskDataset | CorpusDataset | MixtureDataset | JointDataset
+"""Those that know their placeholders, how many of a row's last tokens may be scored, and whether they fit a model."""
