@@ -1,4 +1,4 @@
-"""What is left of prefixes that are taken apart, and what prefixes come to that no gradient has made.
+"""What is left of prefixes that are taken apart, and how accurate prefixes made without gradients are.
 
     python studies/edits.py constants   # the best answer that does not look at the input, for each task
     python studies/edits.py keys        # values with other keys, layer by layer       (after studies/length.toml)

@@ -116,6 +116,20 @@ def inits() -> dict[str, Figure]:
     return {"studies/inits": seed_dots(read("edits/inits"), "init", "task", "400 iterations from each")}
 
 
+def cache_size() -> dict[str, Figure]:
+    trained, shown = read("cache_size/results"), read("cache_size/in_context")
+    shown = shown[shown["task"].isin(trained["task"]) & (shown["n_demonstrations"] > 0)]
+    shown = shown.assign(method="demonstrations", size=shown["cache_size"].round().astype(int))
+    both = pd.concat([trained[trained["method"] != "lora-attention"], shown])
+    title = "How small can the cache be? A language model, at most 300 iterations of 8 texts"
+    return {"studies/cache_size": seed_lines(both, "size", "method", "task", title, label="positions")}
+
+
+def text_tasks() -> dict[str, Figure]:
+    title = "Text tasks that the language model was not pretrained on, at most 600 iterations of 8 texts"
+    return {"studies/text_tasks": seed_dots(read("text_tasks/results"), "method", "task", title)}
+
+
 SOURCES = {
     laptop: ["checkpoints/laptop/results.json"],
     methods: ["studies/methods/results.csv"],
@@ -128,6 +142,8 @@ SOURCES = {
     controls: ["studies/controls/results.csv"],
     keys: ["studies/edits/keys.csv"],
     inits: ["studies/edits/inits.csv"],
+    cache_size: ["studies/cache_size/results.csv", "studies/cache_size/in_context.csv"],
+    text_tasks: ["studies/text_tasks/results.csv"],
 }
 """The files of results that each function draws."""
 

@@ -23,11 +23,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 from torch import Tensor
 
 from mingpt.adapters import PrefixAdapter
+from mingpt.algebra import AnyTask
 from mingpt.datasets import CustomDataset
 from mingpt.distributed import resolve_device, run_on_main
 from mingpt.model import GPT
@@ -37,7 +38,9 @@ from mingpt.storage.checkpoint import checksum, json_checksum, key_difference, r
 from mingpt.storage.files import parsing, write_atomic
 from mingpt.storage.weights import load_model, load_prefix, load_prefixes, save_model, save_prefix
 from mingpt.tasks import PRETRAINING_TASKS, TEST_TASKS, Task
+from mingpt.text import MixtureDataset, TextDataset, TextTask
 from mingpt.trainer import AdapterTrainer, DivergedError, Trainer, check_config, recipe
+from mingpt.training.batches import TaskDataset
 from mingpt.utils import CfgNode, set_seed
 
 logger = logging.getLogger("mingpt")
@@ -52,9 +55,16 @@ Init = str | Sequence[int] | Tensor
 """What a prefix is initialised from: see ``mingpt.prefix.initial_prefix``; or a prefix, or K of them."""
 
 
-def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset:
-    """The run's examples of some tasks."""
+@overload
+def dataset(config: CfgNode, split: str, tasks: Sequence[Task]) -> CustomDataset: ...
+@overload
+def dataset(config: CfgNode, split: str, tasks: Sequence[AnyTask]) -> TaskDataset: ...
+def dataset(config: CfgNode, split: str, tasks: Sequence[Any]) -> TaskDataset:
+    """The run's examples of some tasks, all on rows or all on text."""
     data = config.data
+    if any(isinstance(task, TextTask) for task in tasks):
+        text_tasks = cast(Sequence[TextTask], tasks)
+        return TextDataset(split, list(text_tasks), data.length, prefix_padding=data.prefix_size, seed=config.seed)
     return CustomDataset(
         split, list(tasks), data.length, data.num_digits, prefix_padding=data.prefix_size, seed=config.seed
     )
@@ -103,6 +113,8 @@ def pretrain(
         ValueError: for a configuration that makes no sense; nothing is written then.
     """
     path = Path(run) / "model.safetensors"
+    if config.preset == "text":
+        raise ValueError(f"{run} is of the language model, preset 'text'; 'mingpt pretrain --preset text' trains it")
     for part in (config.trainer, config.prefix):
         check_config(_trainer_config(part, path.parent))
     if min(config.evaluation.n_rows, config.evaluation.n_matrix_rows) < 1:
@@ -118,7 +130,7 @@ def pretrain(
         run_on_main(lambda: None if is_interrupted else write_atomic(file, content))
         return model
 
-    return _train_model(config, build, data, key, path, "pretraining")
+    return train_model(config, build, data, key, path, "pretraining")
 
 
 def fine_tune(
@@ -144,12 +156,31 @@ def fine_tune(
         set_seed(config.seed + 1)
         return copy.deepcopy(model)
 
-    return _train_model(config, build, data, key, path, path.stem)
+    return train_model(config, build, data, key, path, path.stem)
 
 
-def _train_model(
-    config: CfgNode, build: Callable[[], GPT], data: CustomDataset, key: dict[str, Any], path: Path, folder: str
+def train_model(
+    config: CfgNode,
+    build: Callable[[], GPT],
+    data: CustomDataset | MixtureDataset,
+    key: dict[str, Any],
+    path: Path,
+    folder: str,
 ) -> tuple[GPT, float]:
+    """Train the model that ``build`` makes on ``data``, or read it from ``path`` where that is done.
+
+    Args:
+        config: ``trainer`` is the budget.
+        build: called only where there is something to train.
+        data: what it is trained on.
+        key: identifies the result.
+        path: of the weights.
+        folder: beside them, for the state of a training that was cut off.
+
+    Returns:
+        The model in evaluation mode, and how many seconds its training took.
+    """
+
     def compute() -> None:
         model = build()
         trainer = Trainer(_trainer_config(config.trainer, path.with_name(folder)), model, data)

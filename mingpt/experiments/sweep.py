@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from mingpt.adapters import METHODS, Adapter, size_for
+from mingpt.algebra import AnyTask
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.experiments.pipeline import dataset
@@ -43,6 +44,7 @@ from mingpt.storage.files import LockedError, locked, parsing, read_json, write_
 from mingpt.storage.weights import load_adapter, load_model, save_adapter
 from mingpt.tasks import TEST_TASKS, Task
 from mingpt.trainer import AdapterTrainer, DivergedError, recipe
+from mingpt.training.batches import TaskDataset
 from mingpt.training.precision import resolve_precision
 from mingpt.utils import CfgNode, nearest, set_seed
 
@@ -136,7 +138,10 @@ class Study:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
-        tasks = [str(Task.parse(name)) for name in self.tasks]
+        parsed = [AnyTask.parse(name) for name in self.tasks]
+        if self.keep and not all(isinstance(task, Task) for task in parsed):
+            raise ValueError("keep = true is for tasks on rows; adapters of text tasks are not kept")
+        tasks = list(map(str, parsed))
         cells = []
         for run, method, max_iters in itertools.product(self.runs, self.methods, self.max_iters):
             rates = self.learning_rates
@@ -164,9 +169,9 @@ class Study:
         config.prefix.merge_from_dict({"max_iters": max(self.max_iters), "progress": False, "device": "cpu"})
         return config
 
-    def data(self, cell: Cell) -> CustomDataset:
+    def data(self, cell: Cell) -> TaskDataset:
         """What a cell is trained on."""
-        return dataset(self.config(cell.run, cell.seed), "train", [Task.parse(cell.task)])
+        return dataset(self.config(cell.run, cell.seed), "train", [AnyTask.parse(cell.task)])
 
     @cached_property
     def keys(self) -> dict[Cell, dict[str, Any]]:
@@ -342,7 +347,8 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
 
     for number, cell in enumerate(cells):
         if study.keep:
-            save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, data[cell], number)
+            rows = cast(CustomDataset, data[cell])
+            save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, rows, number)
         cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell), lock)
     state.unlink(missing_ok=True)
 
