@@ -121,12 +121,12 @@ def cache_size() -> dict[str, Figure]:
     shown = shown[shown["task"].isin(trained["task"]) & (shown["n_demonstrations"] > 0)]
     shown = shown.assign(method="demonstrations", size=shown["cache_size"].round().astype(int))
     both = pd.concat([trained[trained["method"] != "lora-attention"], shown])
-    title = "How small can the cache be? A language model, at most 300 iterations of 8 texts"
+    title = "How small can the cache be? A language model, at most 150 iterations of 8 texts"
     return {"studies/cache_size": seed_lines(both, "size", "method", "task", title, label="positions")}
 
 
 def text_tasks() -> dict[str, Figure]:
-    title = "Text tasks that the language model was not pretrained on, at most 600 iterations of 8 texts"
+    title = "Text tasks that the language model was not pretrained on, at most 300 iterations of 8 texts"
     return {"studies/text_tasks": seed_dots(read("text_tasks/results"), "method", "task", title)}
 
 

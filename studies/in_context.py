@@ -1,6 +1,6 @@
 """How often the small language model is right after demonstrations, on test texts.
 
-    python studies/in_context.py      # the model of checkpoints/text; writes studies/cache_size/in_context.csv
+python studies/in_context.py      # the model of checkpoints/text; writes studies/cache_size/in_context.csv
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mingpt.distributed import run_on_main
 from mingpt.evaluation import evaluate
 from mingpt.experiments.pipeline import train_model
 from mingpt.model import GPT
-from mingpt.storage.files import write_atomic
+from mingpt.storage.checkpoint import read_description
+from mingpt.storage.files import parsing, write_atomic
 from mingpt.text import (
     CHARACTERS,
     TEXT_PRETRAINING_TASKS,
@@ -41,7 +42,7 @@ SHARES = (1, 3)
 def pretraining_data(config: CfgNode) -> MixtureDataset:
     """What the language model is pretrained on: text, and demonstrations of the tasks."""
     length, seed = WINDOW, config.seed
-    corpus = CorpusDataset("train", python_documentation(), length, seed)
+    corpus = CorpusDataset("train", python_documentation, length, seed)
     tasks = TextDataset("train", TEXT_PRETRAINING_TASKS, length, n_demonstrations=None, seed=seed)
     return MixtureDataset([corpus, tasks], SHARES)
 
@@ -60,7 +61,14 @@ def pretrain_language_model(config: CfgNode, run: str | Path) -> tuple[GPT, floa
         CheckpointError: if the model there is of other settings.
     """
     data, path = pretraining_data(config), Path(run) / "model.safetensors"
-    key = {"stage": "language model", "seed": config.seed, "data": data.describe(), "recipe": recipe(config.trainer)}
+    corpus, tasks = data.datasets
+    if run_on_main(path.exists):  # another Python has another documentation; what was read is not compared
+        with parsing(path, "a language model"):
+            text = read_description(path)["cache_key"]["data"]["mixture"][0]
+    else:
+        text = corpus.describe()
+    mixture = {"mixture": [text, tasks.describe()], "shares": list(data.shares)}
+    key = {"stage": "language model", "seed": config.seed, "data": mixture, "recipe": recipe(config.trainer)}
 
     def build() -> GPT:
         set_seed(config.seed)
@@ -77,7 +85,7 @@ def pretrain_language_model(config: CfgNode, run: str | Path) -> tuple[GPT, floa
 
 
 def in_context_scores(
-    model: GPT, tasks: Sequence[TextTask], numbers: Sequence[int], n_rows: int = 800, seed: int = 0
+    model: GPT, tasks: Sequence[TextTask], numbers: Sequence[int], n_rows: int = 400, seed: int = 0
 ) -> DataFrame:
     """How often the model is right after so many demonstrations of a task, on test rows.
 
@@ -100,7 +108,7 @@ def in_context_scores(
         shown = [sum(len(text) + len(answer) + 2 for text, answer in data.texts(row)) for row in range(n_rows)]
         if max(shown) <= model.config.block_size:
             posed = [sum(map(len, data.texts(row)[-1])) + 2 for row in range(n_rows)]
-            score = evaluate(model, data, n_rows=n_rows, precision="float32")
+            score = evaluate(model, data.with_changes(length=max(shown)), n_rows=n_rows, precision="float32")
             size = (sum(shown) - sum(posed)) / n_rows
             found.append({"task": str(task), "n_demonstrations": n, "cache_size": size, "accuracy": score.accuracy})
     return pd.DataFrame(found)
@@ -120,13 +128,15 @@ def smallest_caches(in_context: DataFrame, results: DataFrame, points: float = 0
     """
     import pandas as pd
 
+    means: Any = results.groupby(["task", "method", "size"], sort=False)["accuracy"].mean()
     rows = []
-    for task, own in in_context.groupby("task", sort=False):
-        best = own[own["accuracy"] >= own["accuracy"].max() - points].iloc[0]
+    for task in dict.fromkeys(in_context["task"]):
+        own: Any = in_context[in_context["task"] == task]
+        least = own["accuracy"].max() - points
+        best = own[own["accuracy"] >= least].iloc[0]
         row = {"task": task, "in context": best["cache_size"], "accuracy": best["accuracy"]}
-        means = results[results["task"] == task].groupby(["method", "size"], sort=False)["accuracy"].mean()
-        for method in results["method"].unique():
-            sizes = means[method]
-            row[method] = sizes[sizes >= own["accuracy"].max() - points].index.min()
+        for method in dict.fromkeys(results["method"]):
+            sizes = means[task][method]
+            row[method] = sizes[sizes >= least].index.min()
         rows.append(row)
     return pd.DataFrame(rows).set_index("task")

@@ -3,7 +3,7 @@
 It is the language reference that ``help()`` shows (``pydoc_data/topics.py``) and the docstrings of the standard
 library.
 Python's documentation is under the licence of the Python Software Foundation. The text depends on Python's version, so
-a checksum of it is part of a model's identity.
+a model's file has a checksum of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ast
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +53,42 @@ _UNPRINTABLE = {code: None for code in range(0x110000) if not 32 <= code < 127 a
 class CorpusDataset(torch.utils.data.Dataset):
     """Windows of a text, all of whose tokens are scored. Example ``i`` begins at a random place that ``i`` decides."""
 
-    def __init__(self, split: str, text: str, length: int = 192, seed: int = 0, tokenizer: Tokenizer = CHARACTERS):
+    def __init__(
+        self,
+        split: str,
+        text: str | Callable[[], str],
+        length: int = 192,
+        seed: int = 0,
+        tokenizer: Tokenizer = CHARACTERS,
+    ):
         """Cut a text into splits.
 
         Args:
             split: "train", "validation" or "test", which have no character in common.
-            text: at least 64 times as long as a window.
+            text: at least 64 times as long as a window; or a function that is called when the text is needed.
             length: T, tokens of a window.
             seed: of the places.
             tokenizer: see ``mingpt.text.tokenizers``.
 
         Raises:
-            ValueError: for an unknown split, or a text that is too short.
+            ValueError: for an unknown split; for a text that is too short, when it is needed.
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         self.split, self.length, self.seed = split, integer("length", length, 2), integer("seed", seed)
         self.tokenizer, self.prefix_padding = tokenizer, 0
+        self._text = text
+
+    @functools.cached_property
+    def _tokens(self) -> np.ndarray:
+        text = self._text if isinstance(self._text, str) else self._text()
         size = len(text) // N_PARTS
-        first, last = {"test": (0, size), "validation": (size, 2 * size), "train": (2 * size, len(text))}[split]
-        self._tokens = tokenizer.encode(text[first:last])
-        if len(self._tokens) <= length:
-            raise ValueError(f"the {split} split has {len(self._tokens)} tokens, a window has {length}; give more text")
+        parts = {"test": (0, size), "validation": (size, 2 * size), "train": (2 * size, len(text))}
+        tokens = self.tokenizer.encode(text[slice(*parts[self.split])])
+        if len(tokens) <= self.length:
+            found = f"the {self.split} split has {len(tokens)} tokens, a window has {self.length}"
+            raise ValueError(f"{found}; give more text")
+        return tokens
 
     def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
         """Build the examples of these indices: ``x`` and ``y``, (N, T) of int64 each."""

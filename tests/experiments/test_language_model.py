@@ -120,10 +120,20 @@ def test_scores_in_context_are_of_what_fits(run):
 
 def test_the_smallest_cache_is_the_first_that_is_as_good():
     context = pd.DataFrame(
-        {"task": "Copy", "n_demonstrations": [0, 1, 2, 4], "cache_size": [0, 12, 24, 48], "accuracy": [0.1, 0.8, 0.955, 0.96]}
+        {
+            "task": "Copy",
+            "n_demonstrations": [0, 1, 2, 4],
+            "cache_size": [0, 12, 24, 48],
+            "accuracy": [0.1, 0.8, 0.955, 0.96],
+        }
     )
     results = pd.DataFrame(
-        {"task": "Copy", "method": ["a"] * 4 + ["b"], "size": [1, 1, 4, 8, 1], "accuracy": [0.9, 0.92, 0.951, 0.99, 0.5]}
+        {
+            "task": "Copy",
+            "method": ["a"] * 4 + ["b"],
+            "size": [1, 1, 4, 8, 1],
+            "accuracy": [0.9, 0.92, 0.951, 0.99, 0.5],
+        }
     )
     row = smallest_caches(context, results).loc["Copy"]
     assert row["in context"] == 24
