@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,35 @@ from torch import Tensor
 from mingpt.decoding.logits_processors import Constraint, Context, FunctionProcessor, LogitsProcessor, Processors
 from mingpt.kv_cache import Cache, KVCache, n_positions
 from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
+from mingpt.utils import CfgNode
 
-if TYPE_CHECKING:
-    from mingpt.model import GPT
+
+class CausalModel(Protocol):
+    """What the decode loop needs of a model: a ``GPT``, or a ``CausalLM`` around one of transformers.
+
+    Its config has n_layer, n_embd (the channels of a key_value prefix) and vocab_size. The methods are those of
+    ``GPT``. A ``KVCache`` that a model gives is kept, and the model writes to it; pieces are copied into one first.
+    """
+
+    config: CfgNode
+    block_size: int
+    training: bool
+    __call__: Any
+
+    def prefix_cache(self, prefix: Prefix) -> Cache:
+        """The KV cache of K prefixes, or of B rows with ``prefix.rows``."""
+        ...
+
+    def forward_cached(
+        self, tokens: Tensor, kv_cache: Cache | None = None, *, n_last: int | None = None, start: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """The logits of tokens after a KV cache, and the cache with these tokens in it."""
+        ...
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: CausalModel,
     idx: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -36,7 +57,7 @@ def generate(
     *,
     seed: int | None = None,
     row_numbers: Sequence[int] | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     forbidden_mass_record: list[Tensor] | None = None,
 ) -> Tensor:
     """Continue prompts token by token, greedily or by sampling.
@@ -47,7 +68,7 @@ def generate(
     without asking the model, unless there are other processors, which see every step.
 
     Args:
-        model: a GPT, usually in ``eval()`` mode.
+        model: a GPT or another ``CausalModel``, usually in ``eval()`` mode.
         idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
         max_new_tokens: how many tokens to add.
         temperature: what the logits are divided by when sampling, after the processors. At 0 the likeliest token is
@@ -62,7 +83,7 @@ def generate(
         seed: of sampling, drawn from torch's global generator by default. A row's draws are a function of it and the
             row's number, whatever else is in the batch.
         row_numbers: B of them, where the batch is a part of something longer; 0, 1, ... by default.
-        stop_token: a row ends with it and is filled up with it.
+        stop_token: a row ends with it and is filled up with it; of several, with any, and is filled up with the first.
         forbidden_mass_record: a list that receives, for each step, (B, number of constraints): the probability that
             each constraint forbids, of the logits that it gets; not a number for rows that have ended.
 
@@ -84,7 +105,9 @@ def generate(
     if numbers.shape != (batch,):
         raise ValueError(f"{numbers.numel()} row_numbers for {batch} rows; give one for each")
     rows = Decoding(model, idx, max_new_tokens, prefixes, logits_processors)
-    tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), stop_token or 0)], dim=1)
+    several = stop_token if isinstance(stop_token, Sequence) else () if stop_token is None else (stop_token,)
+    stop_tokens = idx.new_tensor(several)
+    tokens = torch.cat([idx, idx.new_full((batch, max_new_tokens), several[0] if several else 0)], dim=1)
     for step in range(max_new_tokens if batch else 0):
         chosen = rows.single_choice() if forbidden_mass_record is None else None
         if chosen is None:
@@ -98,8 +121,8 @@ def generate(
             chosen = logits.argmax(dim=-1) if seed is None else _draw(logits, uniform(seed, step, numbers[rows.origin]))
         rows.append(chosen)
         tokens[rows.origin, n_prompt + step] = chosen
-        if stop_token is not None:
-            goes_on = (chosen != stop_token).nonzero().flatten()
+        if len(stop_tokens):
+            goes_on = torch.isin(chosen, stop_tokens, invert=True).nonzero().flatten()
             if len(goes_on) < len(chosen):
                 rows.select(goes_on)
             if not len(goes_on):
@@ -111,7 +134,7 @@ def generate(
 
 @torch.no_grad()
 def beam_search(
-    model: GPT,
+    model: CausalModel,
     idx: Tensor,
     max_new_tokens: int,
     n_beams: int,
@@ -123,7 +146,7 @@ def beam_search(
     """Search for the likeliest continuations, keeping the W best beginnings at every step.
 
     Args:
-        model: a GPT, usually in ``eval()`` mode.
+        model: a GPT or another ``CausalModel``, usually in ``eval()`` mode.
         idx: (B, T) of int64, the prompts; see ``generate``.
         max_new_tokens: how many tokens to add.
         n_beams: W.
@@ -172,7 +195,9 @@ class Decoding:
         origin: (B,) of int64, which prompt each of them continues.
     """
 
-    def __init__(self, model: GPT, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors):
+    def __init__(
+        self, model: CausalModel, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors
+    ):
         """Check that the prompts can be continued, and make the processors' states."""
         config = model.config
         check_tokens(idx, config.vocab_size)
@@ -204,7 +229,7 @@ class Decoding:
             shared, n_shared = self._shared(window)
             logits, cache = model.forward_cached(window[:, n_shared:], shared, n_last=1, start=n_shared)
             room = min(self.context.n_prompt + self.context.n_new, model.block_size) + n_positions(shared) - n_shared
-            self._cache = [KVCache(layer, len(window), room) for layer in cache]
+            self._cache = [each if isinstance(each, KVCache) else KVCache(each, len(window), room) for each in cache]
         else:
             logits, _ = model.forward_cached(window[:, self._n_read :], self._cache, n_last=1, start=self._n_read)
         self._n_read = window.shape[1]

@@ -19,6 +19,7 @@ from mingpt.decoding.logits_processors import Constraint, Context, State
 
 if TYPE_CHECKING:
     from llguidance import GrammarFormat, LLMatcher, LLTokenizer
+    from transformers import PreTrainedTokenizerFast
 
 
 class GrammarConstraint(Constraint):
@@ -28,20 +29,26 @@ class GrammarConstraint(Constraint):
     which takes about two microseconds, so an earlier state stays as it was.
     """
 
-    def __init__(self, form: GrammarFormat, grammar: str, tokenizer: LLTokenizer):
+    def __init__(self, form: GrammarFormat, grammar: str, tokenizer: LLTokenizer | PreTrainedTokenizerFast):
         """Check a grammar.
 
         Args:
             form: "lark", whose first rule is ``start``; "regex", a regular expression over characters; "json_schema",
                 or another that ``llguidance.grammar_from`` reads.
             grammar: its text.
-            tokenizer: what ``tokenizer_of`` gives, or another ``llguidance.LLTokenizer``.
+            tokenizer: what ``tokenizer_of`` gives, another ``llguidance.LLTokenizer``, or a fast tokenizer of
+                transformers. llguidance reads the last for up to a second; ``llguidance.hf.from_tokenizer`` does so
+                once for several grammars, or for end tokens other than the tokenizer's.
 
         Raises:
-            ValueError: if there is no such form, or the grammar does not parse.
+            ValueError: if there is no such form, the grammar does not parse, or the tokenizer is not a fast one.
         """
         import llguidance
 
+        if not isinstance(tokenizer, llguidance.LLTokenizer):
+            from llguidance.hf import from_tokenizer
+
+            tokenizer = from_tokenizer(tokenizer)
         self.tokenizer, self._executor = tokenizer, llguidance.LLExecutor()
         self._start = llguidance.LLMatcher(tokenizer, llguidance.grammar_from(form, grammar))
         self._check(self._start)
@@ -82,8 +89,6 @@ class GrammarConstraint(Constraint):
 
 def tokenizer_of(spellings: Sequence[str], end_token: int) -> LLTokenizer:
     """Tell llguidance what each token of a vocabulary spells; text is split into the longest tokens first.
-
-    For a fast tokenizer of transformers, ``llguidance.hf.from_tokenizer`` makes one.
 
     Args:
         spellings: V strings; an empty one is never allowed.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mingpt.kv_cache import KeysValues
+from mingpt.kv_cache import KeysValues, KVCache
 
 
 def keyword(model: Any) -> str:
@@ -64,9 +64,39 @@ def prefix_cache(pairs: Sequence[KeysValues], config: Any, n_rows: int, rows: Te
     cache: Any = DynamicCache(config=config)
     for number, (keys, values) in enumerate(pairs):
         cache.update(keys, values, number)
-    for layer in cache.layers:
-        layer.keys, layer.values = _share(layer.keys, n_rows, rows), _share(layer.values, n_rows, rows)
-    return cache
+    return _share(cache, n_rows, rows)
+
+
+class RowsCache(KVCache):
+    """transformers' cache of the rows that are being decoded, all layers in one, as our decode loop holds it.
+
+    The model appends to it.
+    """
+
+    def __init__(self, cache: Any):
+        """Take a transformers cache."""
+        self.cache = cache
+
+    @property
+    def n_filled(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How many positions were read, also where a sliding window keeps fewer."""
+        return self.cache.get_seq_length()
+
+    def expand(self, n_rows: int) -> None:
+        """Have ``n_rows``, if there are fewer: each of K rows becomes B / K consecutive ones."""
+        if self.n_filled and len(self.cache.layers[0].keys) != n_rows:
+            _share(self.cache, n_rows, None)
+
+    def select(self, rows: Tensor) -> None:
+        """Replace row i by row ``rows[i]``, (B',) of int64."""
+        self.cache.reorder_cache(rows)
+
+
+def rows_cache(config: Any) -> RowsCache:
+    """An empty one, whose layers keep what the model's windows reach."""
+    from transformers import DynamicCache
+
+    return RowsCache(DynamicCache(config=config))
 
 
 def read_only(cache: Any) -> Any:
@@ -88,7 +118,13 @@ def _update_and_restore(layer: Any, *arguments: Any, **options: Any) -> KeysValu
         vars(layer).update(before)
 
 
-def _share(tensor: Tensor, n_rows: int, rows: Tensor | None) -> Tensor:
+def _share(cache: Any, n_rows: int, rows: Tensor | None) -> Any:
+    for layer in cache.layers:
+        layer.keys, layer.values = (_expanded(each, n_rows, rows) for each in (layer.keys, layer.values))
+    return cache
+
+
+def _expanded(tensor: Tensor, n_rows: int, rows: Tensor | None) -> Tensor:
     """(K, ...) to (B, ...)."""
     if rows is not None:
         return tensor.index_select(0, rows)

@@ -13,17 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mingpt.decoding import generation
+from mingpt.decoding.logits_processors import LogitsFunction, LogitsProcessor
 from mingpt.huggingface import cache as caches
-from mingpt.kv_cache import KeysValues
+from mingpt.kv_cache import Cache, KeysValues
 from mingpt.prefix import Prefix, check_tokens
 from mingpt.utils import CfgNode
+
+LOOP_OPTIONS = ("do_sample", "temperature", "top_k", "seed", "row_numbers", "eos_token_id", "pad_token_id")
+"""What ``generate`` takes beside constraints: our decode loop's options, and transformers' end-of-text tokens."""
 
 
 class CausalLM(nn.Module):
@@ -108,7 +113,7 @@ class CausalLM(nn.Module):
         if prefix is None:
             logits = self.model(idx, **options).logits
         else:
-            cache = caches.read_only(self.prefix_cache(prefix, len(idx)))
+            cache = caches.read_only(self.transformers_cache(prefix, len(idx)))
             options |= self._mask_and_positions(idx, prefix, attention_mask)
             with self._layers_with(_checkpointed if torch.is_grad_enabled() else None):
                 logits = self.model(idx[:, start:], **{self._cache: cache}, **options).logits
@@ -125,37 +130,47 @@ class CausalLM(nn.Module):
         max_new_tokens: int,
         prefixes: Tensor | Prefix | None = None,
         attention_mask: Tensor | None = None,
-        logits_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
-        forbidden_mass_record: None = None,
+        logits_processors: Sequence[LogitsProcessor | LogitsFunction] = (),
+        forbidden_mass_record: list[Tensor] | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue prompts by transformers' own ``generate``, greedily by default.
+        """Continue prompts, greedily by default, by transformers' own ``generate``, or by our decode loop.
+
+        It is our loop, ``mingpt.decoding.generate``, where a processor is one of ours, such as a constraint, or the
+        forbidden mass is recorded. Without constraints both choose the same greedy tokens.
+        ``mingpt.decoding.beam_search`` takes this model too; a prompt goes through ``as_key_value`` before.
 
         Args:
             idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
             max_new_tokens: the most tokens to add.
             prefixes, attention_mask: see ``forward``.
-            logits_processors: transformers' processors or functions (tokens, logits) -> logits; their tokens include
-                the placeholders. Constraints of ``mingpt.decoding`` need our own decode loop.
-            forbidden_mass_record: there is none without constraints; as ``GPT.generate`` has it.
-            options: of transformers' ``generate``, such as ``do_sample=True``.
+            logits_processors: those of ``mingpt.decoding``, transformers', or functions (tokens, logits) -> logits. The
+                tokens that the last two get include the placeholders, but in our loop they do not.
+            forbidden_mass_record: as ``mingpt.decoding.generate`` has it.
+            options: of transformers' ``generate``, such as ``do_sample=True``; for our loop those in ``LOOP_OPTIONS``.
 
         Returns:
             (B, T + n) of int64, prompts and continuations; n is less than ``max_new_tokens`` where every row has met an
             end-of-text token of the model's generation config before.
 
         Raises:
-            ValueError: as ``forward``; for a prefix with more or fewer placeholders than positions; for constraints.
+            ValueError: as ``forward``. In transformers' ``generate``, for a prefix with more or fewer placeholders than
+                positions. In our loop, for padding and other options; see ``mingpt.decoding.generate``.
         """
         prefix = self._check(idx, prefixes, attention_mask)
-        if forbidden_mass_record is not None or any(hasattr(each, "allowed") for each in logits_processors):
-            raise ValueError("constraints need GPT's decode loop; give functions (tokens, logits) -> logits")
+        if forbidden_mass_record is not None or any(isinstance(each, LogitsProcessor) for each in logits_processors):
+            start = 0 if prefix is None else prefix.n_placeholders
+            if attention_mask is not None and not attention_mask[:, start:].all():
+                raise ValueError("our decode loop reads no padding; generate for rows of one length at a time")
+            own: dict[str, Any] = {"prefixes": None if prefix is None else self.as_key_value(prefix)}
+            own |= {"logits_processors": logits_processors, "forbidden_mass_record": forbidden_mass_record}
+            return self._decode(idx, max_new_tokens, own, options)
         mask = torch.ones_like(idx) if attention_mask is None else attention_mask
         if prefix is not None:
             if prefix.n_placeholders != prefix.n_positions:
                 sizes = f"{prefix.n_positions} positions and {prefix.n_placeholders} placeholders"
                 raise ValueError(f"the prefix has {sizes}; transformers' generate needs as many, so call forward")
-            options[self._cache] = self.prefix_cache(prefix, len(idx))
+            options[self._cache] = self.transformers_cache(prefix, len(idx))
             mask = self._mask_and_positions(idx, prefix, mask)["attention_mask"]
         if logits_processors:
             options["logits_processor"] = list(logits_processors)
@@ -173,12 +188,40 @@ class CausalLM(nn.Module):
         pairs = [torch.stack(pair, dim=1) for pair in caches.layer_pairs(cache)]  # (K, 2, H, P, D) each
         return replace(prefix, kind="key_value", values=torch.stack(pairs, dim=1).transpose(-3, -2).flatten(-2))
 
-    def prefix_cache(self, prefix: Prefix, n_rows: int) -> Any:
+    def transformers_cache(self, prefix: Prefix, n_rows: int) -> Any:
         """The transformers cache that K prefixes become for a batch of ``n_rows``."""
         values = self.as_key_value(prefix).values.to(self.model.dtype)
         heads = values.unflatten(-1, (self.config.n_kv_head, -1)).transpose(-3, -2)  # (K, L, 2, H, P, D)
         pairs: list[KeysValues] = [(layer[:, 0], layer[:, 1]) for layer in heads.unbind(dim=1)]
         return caches.prefix_cache(pairs, self.model.config, n_rows, prefix.rows)
+
+    def prefix_cache(self, prefix: Prefix) -> Cache:
+        """The KV cache that K prefixes become, of K rows, or of B with ``prefix.rows``, for the decode loop."""
+        n_rows = prefix.n_prefixes if prefix.rows is None else len(prefix.rows)
+        return [caches.RowsCache(self.transformers_cache(prefix, n_rows))]
+
+    def forward_cached(
+        self, tokens: Tensor, kv_cache: Cache | None = None, *, n_last: int | None = None, start: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Run tokens through the model after a KV cache, for the decode loop.
+
+        Args:
+            tokens: (B, T) of int64.
+            kv_cache: of ``prefix_cache`` or of an earlier call, of B rows, or of K for B / K consecutive rows each. It
+                is written to.
+            n_last: how many last tokens get logits, all by default.
+            start: the first token's position, the number of cached ones by default.
+
+        Returns:
+            The logits (B, T, V), or (B, n_last, V), and the KV cache with the tokens in it.
+        """
+        rows = cast(caches.RowsCache, kv_cache[0]) if kv_cache else caches.rows_cache(self.model.config)
+        rows.expand(len(tokens))
+        options: dict[str, Any] = {self._cache: rows.cache, "use_cache": True, "logits_to_keep": n_last or 0}
+        if start is not None and start != rows.n_filled:  # transformers would count from there
+            options["position_ids"] = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        with self._layers_with(None):
+            return self.model(tokens, **options).logits, [rows]
 
     def read_prefix(self, prefixes: Tensor | Prefix, n_rows: int) -> Prefix:
         """Read what a user gives as ``prefixes=``, and check that it fits the model and a batch of ``n_rows``.
@@ -225,6 +268,21 @@ class CausalLM(nn.Module):
                 f"attention_mask has the shape of idx, {tuple(idx.shape)}, got {tuple(attention_mask.shape)}"
             )
         return prefix
+
+    def _decode(self, idx: Tensor, max_new_tokens: int, own: dict[str, Any], options: dict[str, Any]) -> Tensor:
+        """Our decode loop; rows end with transformers' end-of-text tokens, and are filled up with its padding."""
+        if unknown := sorted(options.keys() - set(LOOP_OPTIONS)):
+            expected = f"our decode loop takes {', '.join(LOOP_OPTIONS)}; got {', '.join(unknown)}"
+            raise ValueError(f"{expected}; for beams call mingpt.decoding.beam_search with this model")
+        defaults, n_prompt = self.model.generation_config, idx.shape[1]
+        ends = options.pop("eos_token_id", defaults.eos_token_id)
+        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        pad = options.pop("pad_token_id", defaults.pad_token_id)
+        tokens = generation.generate(self, idx, max_new_tokens, stop_token=ends, **own, **options)
+        is_end = torch.isin(tokens[:, n_prompt:], idx.new_tensor(ends))
+        is_after = is_end.cumsum(dim=1) > is_end
+        tokens[:, n_prompt:][is_after] = pad if pad is not None else next(iter(ends), 0)
+        return tokens[:, : n_prompt + int((~is_after).any(dim=0).sum())]
 
     def _mask_and_positions(self, idx: Tensor, prefix: Prefix, mask: Tensor | None) -> dict[str, Any]:
         """The mask over prefix and content, and the content's positions where transformers would count others."""

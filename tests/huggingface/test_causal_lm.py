@@ -21,7 +21,6 @@ from reference import random_model
 
 from mingpt.adapters.prefixes import PrefixAdapter
 from mingpt.datasets import CustomDataset
-from mingpt.decoding.constraints import MultisetConstraint
 from mingpt.evaluation import evaluate
 from mingpt.huggingface.cache import layer_pairs
 from mingpt.huggingface.causal_lm import CausalLM
@@ -103,7 +102,7 @@ def test_a_prefix_longer_than_a_window_is_that_of_peft(architecture, kind):
     model, x = random_hf_model(architecture), tokens()
     lm = CausalLM(model)
     values = random_values(lm, n_positions=10, kind=kind)[0]
-    sizes = {keys.shape[-2] for keys, _ in layer_pairs(lm.prefix_cache(Prefix(kind, values[None]), 1))}
+    sizes = {keys.shape[-2] for keys, _ in layer_pairs(lm.transformers_cache(Prefix(kind, values[None]), 1))}
     assert sizes == ({5, 10} if architecture == "gemma2" else {5})  # every second layer of Gemma 2 has no window
     logits = lm(with_placeholders(x, 10), prefixes=values)[0][:, 10:]
     ours = lm.generate(with_placeholders(x, 10), N_NEW, prefixes=values)[:, 10 + T :]
@@ -215,13 +214,11 @@ def test_generation_takes_the_likeliest_token_of_forward(architecture, kind):
 
 
 @torch.no_grad()
-def test_functions_process_logits_and_constraints_are_refused():
+def test_functions_process_logits():
     lm, x = CausalLM(random_hf_model()), with_placeholders(tokens())
     values = random_values(lm)[0]
     chosen = lm.generate(x, 4, prefixes=values, logits_processors=[lambda tokens, logits: -logits])[:, P + T]
     assert torch.equal(chosen, lm(x, prefixes=values, n_last=1)[0][:, -1].argmin(dim=-1))
-    with pytest.raises(ValueError, match="constraints need GPT's decode loop"):
-        lm.generate(x, 4, logits_processors=[MultisetConstraint()])
 
 
 # ------------------------------------------------------------------------------------------ gradient checkpointing
@@ -283,6 +280,7 @@ def test_a_model_in_training_mode_with_checkpointing_generates_the_same():
     expected = lm.generate(x, 5, prefixes=values)
     turn_on_checkpointing(lm.model)
     assert torch.equal(lm.train().generate(x, 5, prefixes=values), expected)
+    assert torch.equal(lm.generate(x, 5, prefixes=values, forbidden_mass_record=[]), expected)
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -46,7 +46,7 @@ def test_the_share_is_that_of_the_attention_weights_that_transformers_gives(arch
     before = model.config._attn_implementation
     found = measure(lm, x, prefix)
     assert model.config._attn_implementation == before
-    cache = lm.prefix_cache(prefix, len(x))
+    cache = lm.transformers_cache(prefix, len(x))
     model.set_attn_implementation("eager")
     attentions = model(x[:, P:], output_attentions=True, **{caches.keyword(model): cache}).attentions
     expected = torch.stack([each[..., :-T].sum(dim=-1).mean(dim=(0, 2)) for each in attentions])
