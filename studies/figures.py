@@ -126,7 +126,7 @@ def cache_size() -> dict[str, Figure]:
 
 
 def text_tasks() -> dict[str, Figure]:
-    title = "Text tasks that the language model was not pretrained on, at most 300 iterations of 8 texts"
+    title = "Text tasks that the language model was not pretrained on, at most 150 iterations of 8 texts"
     return {"studies/text_tasks": seed_dots(read("text_tasks/results"), "method", "task", title)}
 
 

@@ -43,27 +43,25 @@ def counts():
     config.merge_from_dict({"model_type": "gpt-nano", "vocab_size": CHARACTERS.vocab_size, "block_size": 64})
     model = GPT(config)
     settings = Trainer.get_default_config()
-    settings.merge_from_dict({"max_iters": 120, "batch_size": 16, "learning_rate": 3e-3, "progress": False})
+    settings.merge_from_dict({"max_iters": 10, "batch_size": 16, "learning_rate": 3e-3, "progress": False})
     Trainer(settings, model, TextDataset("train", [CountWords()], length=32)).run()
     return model.eval()
 
 
-def answer(model: GPT, text: str, n_most: int) -> str:
-    """The greedy answer to one text, token by token."""
-    tokens = torch.from_numpy(CHARACTERS.encode(text + ">").astype(np.int64))[None]
-    for _ in range(n_most):
-        tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(dim=-1)], dim=1)
-    return CHARACTERS.decode(tokens[0, len(text) + 1 :].tolist()).split("\n")[0]
+def is_right(model: GPT, text: str, solution: str) -> bool:
+    """Whether the greedy answer to one text, token by token, is its solution and the end of the line."""
+    tokens, expected = CHARACTERS.encode(text + ">").tolist(), CHARACTERS.encode(solution + "\n").tolist()
+    for _ in expected:
+        tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    return tokens[-len(expected) :] == expected
 
 
 @torch.no_grad()
 def test_evaluation_in_one_pass_is_that_of_answers_written_out(counts):
     data = TextDataset("test", [CountWords()], length=32)
-    score = evaluate(counts, data, n_rows=60)
-    texts = [data.texts(index)[0] for index in range(60)]
-    right = [answer(counts, text, 4) == solution for text, solution in texts]
-    assert score.n_correct == sum(right)
-    assert 0.15 < score.accuracy < 1, "of a model that is always right, or never, the test would say nothing"
+    score = evaluate(counts, data, n_rows=60, precision="float32")
+    assert score.n_correct == sum(is_right(counts, *data.texts(index)[0]) for index in range(60))
+    assert 0.1 < score.accuracy < 0.9, "of a model that is always right, or never, the test would say nothing"
     assert score.by_position[-1] == pytest.approx(score.accuracy)
     assert list(score.by_position) == sorted(score.by_position, reverse=True)
     with pytest.raises(ValueError, match="n_rows must be at least 1"):
@@ -77,7 +75,7 @@ def test_a_prefix_learns_a_text_task_and_leaves_the_model_alone(counts):
     settings = Trainer.get_default_config()
     settings.merge_from_dict({"max_iters": 1, "batch_size": 8, "learning_rate": 0.1, "progress": False})
     losses = []
-    for max_iters in (1, 40):
+    for max_iters in (1, 150):
         settings.max_iters = max_iters
         trainer = PrefixTrainer(settings, counts, data, prefix)
         trainer.run()

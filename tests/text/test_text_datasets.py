@@ -151,7 +151,7 @@ def test_windows_are_of_their_split_and_every_token_is_scored():
     again = CorpusDataset("train", TEXT, length=20).batch([5])[0]
     assert torch.equal(again[0], CorpusDataset("train", TEXT, length=20).batch([9, 5])[0][1])
     with pytest.raises(ValueError, match="give more text"):
-        CorpusDataset("test", TEXT, length=400)
+        CorpusDataset("test", TEXT, length=400).batch([0])
 
 
 def test_a_mixture_keeps_its_shares_and_the_order_of_indices():
