@@ -122,7 +122,9 @@ def cache_size() -> dict[str, Figure]:
     shown = shown.assign(method="demonstrations", size=shown["cache_size"].round().astype(int))
     both = pd.concat([trained[trained["method"] != "lora-attention"], shown])
     title = "How small can the cache be? A language model, at most 150 iterations of 8 texts"
-    return {"studies/cache_size": seed_lines(both, "size", "method", "task", title, label="positions")}
+    figure = seed_lines(both, "size", "method", "task", title, label="positions")
+    figure.axes[0].set_ylim(84, 101)  # shared
+    return {"studies/cache_size": figure}
 
 
 def text_tasks() -> dict[str, Figure]:
