@@ -58,6 +58,26 @@ class Analysis(NamedTuple):
         attention = {name: each.tolist() for name, each in self.attention.named().items()}
         return {"title": self.title, "logits": self.logits._asdict(), "attention": attention}
 
+    def columns(self) -> list[dict[str, Any]]:
+        """What there is by layer and head: each one's name, what it means, and its values, a list (L, H)."""
+        named = self.attention.named()
+        return [
+            {"name": name, "meaning": meaning, "values": named[name].tolist()}
+            for name, _, _, _, meaning in _COLUMNS
+            if name in named
+        ]
+
+    def checks(self) -> list[str]:
+        """How exactly a prefix does what theory says, in words: a sentence each; none without a prefix."""
+        bias = self.attention.bias
+        if bias is None:
+            return []
+        error, largest = bias.error.max(), bias.magnitude.max()
+        return [
+            f"An attention output is (1 - share) * output without + bias, up to {error:.0e} of {largest:.3g}.",
+            f"A bias is in the span of the prefix's values, up to {bias.out_of_span.max():.0e} of its length.",
+        ]
+
     def table(self) -> str:
         """The numbers as text: a line for each head, or for each layer where there are many heads."""
         named, effect = self.attention.named(), self.logits
@@ -73,12 +93,7 @@ class Analysis(NamedTuple):
             name = head + 1 if isinstance(head, int) else "all"
             lines.append(f"{layer + 1:<5} {name:<4}  " + " ".join(cells))
         legend = [f"{heading:10} {meaning}" for _, heading, _, _, meaning in columns]
-        if "error" in named:
-            error, largest = named["error"].max(), named["magnitude"].max()
-            legend += [
-                f"An attention output is (1 - share) * output without + bias up to {error:.0e} of {largest:.3g},",
-                f"and a bias is in the span of its values up to {named['out_of_span'].max():.0e} of its length.",
-            ]
+        legend += self.checks()
         logits = [
             f"loss on the text  {effect.loss:.4f} nats a token with the adapter, {effect.base_loss:.4f} without",
             f"predictions       {effect.kl:.4f} nats from the base model's (KL); the likeliest token is the same",
@@ -100,10 +115,10 @@ _COLUMNS = [
     ("share", "share", "{:.3f}", "mean", "mean attention that a token pays to the prefix"),
     ("deviation", "deviation", "{:.0e}", "amax", "of relative attention on the same queries and keys; theory says 0"),
     ("movement", "moves", "{:.3f}", "amax", "largest change of relative attention; 0 in layer 1 with a prefix"),
-    ("distance", "distance", "{:.3f}", "mean", "the same as a mean total variation distance"),
+    ("distance", "distance", "{:.3f}", "mean", "mean total variation distance of relative attention"),
     ("rank", "rank", "{:.3g}", "mean", "dimensions that the prefix's values span"),
     ("effective_rank", "effective", "{:.3g}", "mean", "dimensions that hold 99% of the biases' squared length"),
-    ("direction_share", "direction", "{:.2f}", "mean", "the share of it along the first direction"),
+    ("direction_share", "direction", "{:.2f}", "mean", "share of the biases' squared length along one direction"),
     ("attention_perplexity", "positions", "{:.1f}", "mean", "how many prefix positions attention is spread over"),
 ]
 """Of a table: the tensor's name, the heading, the format, how heads are put together, and what it means."""

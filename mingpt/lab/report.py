@@ -1,6 +1,7 @@
-"""The lab page of a run: one HTML file with the model, its prefixes and everything that was measured of them.
+"""Pages that are one HTML file each: the lab page of a run, and that of an analysis.
 
-The page computes by itself, see ``static/model.js``: the weights are in it as float32, so its answers are the run's.
+A lab page has the model, its prefixes and everything that was measured of them. It computes by itself, see
+``static/model.js``: the weights are in it as float32, so its answers are the run's.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import html
+import importlib.metadata
 import json
 import logging
 import platform
@@ -24,6 +26,7 @@ from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix, evaluate
 from mingpt.experiments.pipeline import EVERY_TASK, KINDS, find_task, load_run
 from mingpt.experiments.reproduction import check_results
+from mingpt.huggingface.analysis import Analysis
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import read_cached_json
@@ -38,7 +41,10 @@ STATIC = Path(__file__).with_name("static")
 
 _VIEWS = ["ask", "mix", "look", "matrix", "curves", "about"]
 MODULES = ["model", "prefix", "tasks", "data", "dom", "charts", *_VIEWS, "app"]
-"""The page's ES modules, each after those that it imports."""
+"""The lab page's ES modules, each after those that it imports."""
+
+ANALYSIS_MODULES = ["dom", "charts", "analysis"]
+"""The same of the page of an analysis."""
 
 N_ROWS = 200
 """Test rows of each task in the page."""
@@ -60,6 +66,30 @@ def write_report(run: str | Path, out: str | Path, studies: Iterable[str | Path]
         FileNotFoundError: if there is no such run.
     """
     write_atomic(Path(out), page(run_data(run, studies), use_half).encode())
+
+
+def write_analysis(analysis: Analysis, out: str | Path, command: str) -> None:
+    """Write the page of an analysis.
+
+    Args:
+        analysis: of ``mingpt.huggingface.analyze``.
+        out: the file, such as analysis.html; one that is there is replaced.
+        command: that makes the page, to be shown.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    data = {
+        "title": analysis.title,
+        "logits": analysis.logits._asdict(),
+        "columns": analysis.columns(),
+        "checks": analysis.checks(),
+        "command": command,
+        "versions": _versions("transformers", "peft"),
+    }
+    header = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JavaScript's JSON has no NaN
+    text = _html(f"mingpt analyze: {analysis.title}", header, _join(ANALYSIS_MODULES))
+    write_atomic(Path(out), text.encode())
 
 
 def run_data(run: str | Path, studies: Iterable[str | Path] = ()) -> dict[str, Any]:
@@ -209,10 +239,16 @@ def _about(run: Path) -> dict[str, Any]:
     return {
         "run": run.name,
         "command": " ".join(["mingpt reproduce", *options]),
-        "versions": {"python": platform.python_version(), "mingpt": mingpt.__version__, "torch": torch.__version__},
+        "versions": _versions(),
         "config": config,
         "results": results,
     }
+
+
+def _versions(*others: str) -> dict[str, str]:
+    """The versions of Python, of this package, of torch and of others, by their names."""
+    found = {"python": platform.python_version(), "mingpt": mingpt.__version__, "torch": torch.__version__}
+    return found | {name: importlib.metadata.version(name) for name in others}
 
 
 # ------------------------------------------------------------------------------------------------- one HTML file
@@ -221,13 +257,17 @@ def _about(run: Path) -> dict[str, Any]:
 def page(data: Mapping[str, Any], use_half: bool = False) -> str:
     """The HTML of a page that shows ``data``, see ``run_data``."""
     header, blob = pack(data, use_half)
-    title = html.escape(f"mingpt lab: {data['about']['run']}")
+    return _html(f"mingpt lab: {data['about']['run']}", header, script(), blob)
+
+
+def _html(title: str, header: Mapping[str, Any], modules: str, blob: bytes = b"") -> str:
+    """The HTML of a page that its modules make of a header and of a blob."""
     parts = {
-        "TITLE": title,
+        "TITLE": html.escape(title),
         "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
         "HEADER": json.dumps(header, separators=(",", ":")).replace("<", "\\u003c"),  # no tag can end the script
         "BLOB": base64.b64encode(blob).decode(),
-        "SCRIPT": script() + "\nstart();\n",
+        "SCRIPT": modules + "\nstart();\n",
     }
     text = (STATIC / "page.html").read_text(encoding="utf-8")
     before, *rest = text.split("{{")
@@ -251,13 +291,18 @@ def pack(data: Mapping[str, Any], use_half: bool = False) -> tuple[dict[str, Any
 
 
 def script() -> str:
-    """The page's modules as one, with the kernel in it.
+    """The lab page's modules as one, with the kernel in it."""
+    kernels = base64.b64encode((STATIC / "kernels.wasm").read_bytes()).decode()
+    return f'const KERNELS = "{kernels}";\n{_join(MODULES)}'
+
+
+def _join(modules: Iterable[str]) -> str:
+    """Some modules as one.
 
     Their names are one another's: what a module exports is seen by those after it, so imports between them go.
     """
-    kernels = base64.b64encode((STATIC / "kernels.wasm").read_bytes()).decode()
-    found = [f'const KERNELS = "{kernels}";']
-    for name in MODULES:
+    found = []
+    for name in modules:
         lines = (STATIC / f"{name}.js").read_text(encoding="utf-8").splitlines()
         found += [line.removeprefix("export ") for line in lines if not line.startswith("import ")]
     return "\n".join(found)

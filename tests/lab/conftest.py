@@ -58,6 +58,28 @@ def quiet_page(browser, **options) -> Iterator[tuple[Any, list[str]]]:
     context.close()
 
 
+@contextlib.contextmanager
+def opened(browser, path, **options) -> Iterator:
+    """The page, on which nothing may be asked of a network, nothing said on the console, and nothing go wrong."""
+    with quiet_page(browser, **options) as (page, requests):
+        page.goto(path.as_uri())
+        page.wait_for_selector("[data-is-ready]")
+        yield page
+        assert requests == [path.as_uri()]
+
+
+def serious_faults(page) -> list[str]:
+    """What axe-core finds that would stop someone, each in a line."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return [
+        f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:200]}"
+        for each in Axe().run(page).response["violations"]
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
 @pytest.fixture(scope="package")
 def module(browser, laptop_data):
     """The page's modules in an empty page: ``module(source, argument)`` computes with everything that is in them.

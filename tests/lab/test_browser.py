@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from axe_playwright_python.sync_playwright import Axe
-from lab.conftest import LAPTOP, quiet_page
+from lab.conftest import LAPTOP, opened, serious_faults
 
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate, predict
@@ -21,16 +18,6 @@ from mingpt.storage.weights import save_prefix
 from mingpt.tasks import Task
 
 VIEWS = ["Ask", "Mix", "Look", "Matrix", "Curves", "About"]
-
-
-@contextlib.contextmanager
-def opened(browser, path, **options) -> Iterator:
-    """The page, on which nothing may be asked of a network, nothing said on the console, and nothing go wrong."""
-    with quiet_page(browser, **options) as (page, requests):
-        page.goto(path.as_uri())
-        page.wait_for_selector("[data-is-ready]")
-        yield page
-        assert requests == [path.as_uri()]
 
 
 def open_view(page, name):
@@ -91,14 +78,7 @@ def test_a_view_can_be_used(browser, laptop_page, tmp_path, view, width, color_s
         USES[view](page)
         page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        found = Axe().run(page).response["violations"]
-        faults = [
-            f"{each['id']}: {node['html'][:200]} {node['failureSummary'][:200]}"
-            for each in found
-            if each["impact"] in ("serious", "critical")
-            for node in each["nodes"]
-        ]
-        assert faults == []
+        assert serious_faults(page) == []
 
 
 RGB = """

@@ -34,12 +34,15 @@ def test_the_laptops_page_is_small_and_asks_for_nothing(laptop_page):
 
 
 def test_every_module_is_in_the_page_after_those_it_imports():
-    assert {f"{name}.js" for name in report.MODULES} == {path.name for path in report.STATIC.glob("*.js")}
-    for number, name in enumerate(report.MODULES):
-        source = (report.STATIC / f"{name}.js").read_text()
+    bundles = [report.MODULES, report.ANALYSIS_MODULES]
+    assert {f"{name}.js" for modules in bundles for name in modules} == {
+        path.name for path in report.STATIC.glob("*.js")
+    }
+    for modules, number in ((each, number) for each in bundles for number in range(len(each))):
+        source = (report.STATIC / f"{modules[number]}.js").read_text()
         imports = re.findall(r'^import .* from "\./(\w+)\.js";$', source, re.MULTILINE)
         assert len(imports) == len(re.findall("^import", source, re.MULTILINE))
-        assert set(imports) <= set(report.MODULES[:number])
+        assert set(imports) <= set(modules[:number])
 
 
 def test_the_matrix_is_that_of_the_evaluation(laptop_data):

@@ -104,3 +104,21 @@ export function paint(canvas, values, nRows, nColumns, colourOf) {
   for (let i = 0; i < nRows * nColumns; i++) image.data.set([...colourOf(values[i]), 255], 4 * i);
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
+
+/** Choose a cell of a painted canvas by the pointer, or by the arrow keys from the one that is chosen(), [row, column]. */
+export function onCell(canvas, chosen, choose) {
+  const within = (value, n) => Math.max(0, Math.min(n - 1, Math.floor(value)));
+  const go = (row, column) => choose(within(row, canvas.height), within(column, canvas.width));
+  const point = ({ clientX, clientY }) => {
+    const { left, top, width, height } = canvas.getBoundingClientRect();
+    go(((clientY - top) / height) * canvas.height, ((clientX - left) / width) * canvas.width);
+  };
+  canvas.addEventListener("pointermove", point);
+  canvas.addEventListener("pointerdown", point); // a finger that taps does not move
+  canvas.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    go(chosen()[0] + step[0], chosen()[1] + step[1]);
+  });
+}

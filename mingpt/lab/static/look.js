@@ -1,7 +1,7 @@
 // Look: where every head looks, what a prefix adds to the logits, and what each layer would answer.
 
 import { rowPicker } from "./ask.js";
-import { paint, ramp } from "./charts.js";
+import { onCell, paint, ramp } from "./charts.js";
 import { h, onShade, percent, prefixSelect, radios, select, shade, tokens } from "./dom.js";
 import { argmax, softmax } from "./model.js";
 
@@ -117,18 +117,8 @@ export function look(lab) {
     reading.textContent = `${name(state.query)} looks at ${key}: ${number}`;
   }
 
-  bigCanvas.addEventListener("pointermove", (event) => {
-    const box = bigCanvas.getBoundingClientRect();
-    state.query = Math.floor(((event.clientY - box.top) / box.height) * bigCanvas.height);
-    state.key = Math.floor(((event.clientX - box.left) / box.width) * bigCanvas.width);
-    read();
-  });
-  bigCanvas.addEventListener("keydown", (event) => {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    state.query += step[0];
-    state.key += step[1];
+  onCell(bigCanvas, () => [state.query, state.key], (query, key) => {
+    Object.assign(state, { query, key });
     read();
   });
 
