@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -34,6 +35,7 @@ from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MonotoneConstraint, MultisetConstraint, RegularConstraint
 from mingpt.evaluation import Score, evaluate
 from mingpt.experiments import multistep, pipeline, reproduction
+from mingpt.experiments.language_model import pretrain_language_model
 from mingpt.experiments.predictor import json_lines
 from mingpt.experiments.presets import run_config
 from mingpt.experiments.sweep import Study, run_packs, run_study
@@ -45,8 +47,8 @@ from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
 from mingpt.storage.checkpoint import load_checkpoint
 from mingpt.storage.files import locked, naming, scratch_folder, write_atomic
-from mingpt.storage.runs import default_run, list_runs, run_status
-from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task
+from mingpt.storage.runs import OWN_RUN, STORED_RUN, default_run, list_runs, run_status, writable_run
+from mingpt.tasks import PRETRAINING_TASKS, SIMPLE_TASKS, Task, Values
 from mingpt.trainer import DivergedError
 from mingpt.utils import CfgNode
 
@@ -87,6 +89,7 @@ def main() -> None:
         if received:  # native code that a signal's exception went through has made another one of it
             _stop(received[0])
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        text = re.sub(r"^\[Errno \d+\] ", "", text)
         if isinstance(error, ImportError) and error.name in ("transformers", "peft"):
             text += "; pip install 'mingpt-prefix-tuning[hf]'"
         if isinstance(error, click.UsageError) and error.ctx:
@@ -132,6 +135,8 @@ def _import(context: click.Context, parameter: click.Parameter, names: Sequence[
             context.meta.setdefault("imported", {})[name] = module.__name__
         except Exception as error:
             raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from None
+        if not is_file and module.__spec__ and not module.__spec__.has_location:
+            raise click.UsageError(f"cannot import {name}: it is no module with a file")
         if is_file and Path(module.__file__ or "").resolve() != path.resolve():
             raise click.UsageError(f"cannot import {name}: another module is named {path.stem}; rename the file")
 
@@ -140,8 +145,19 @@ def _parse_tasks(context: click.Context, parameter: click.Parameter, names: Sequ
     return [Task.parse(name) for name in names]
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+class _Path(click.Path):
+    """A path that may be there, or can be made."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path: Any = super().convert(value, param, ctx)
+        for folder in path.parents:
+            if folder.exists() and not folder.is_dir():
+                self.fail(f"{path} cannot be: {folder} is a file, and no folder.", param, ctx)
+        return path
+
+
+_FILE = _Path(dir_okay=False, path_type=Path)
+_FOLDER = _Path(file_okay=False, path_type=Path)
 _RUN_HELP = "The run's folder. [of a new run runs/PRESET, else the newest of runs/ or checkpoints/laptop]"
 _SET_HELP = "Change a setting, such as trainer.max_iters=2000; may be repeated. 'mingpt config' lists them."
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
@@ -155,7 +171,7 @@ _load_options = _all_of(
 )
 _train_options = _all_of(
     _load_options,
-    click.option("--preset", metavar="NAME", help="smoke, laptop, thorough or seed. [the run's, or laptop]"),
+    click.option("--preset", metavar="NAME", help="smoke, laptop, thorough, seed or text. [the run's, or laptop]"),
     click.option("--seed", type=int, help="For the data and the initial weights. [the run's, or 0]"),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=_SET_HELP),
 )
@@ -175,20 +191,28 @@ _file_options = _all_of(
 
 
 def _configure(
-    run: Path | None, preset: str | None, seed: int | None, overrides: Sequence[str], device: str | None, is_new: bool
+    run: Path | None,
+    preset: str | None,
+    seed: int | None,
+    overrides: Sequence[str],
+    device: str | None,
+    is_new: bool,
+    is_written: bool = False,
 ) -> tuple[CfgNode, Path]:
-    """The configuration and the folder that the options of a training command mean. Nothing is written."""
+    """The configuration and the folder that the options of a training command mean. Nothing is written yet."""
     if device is not None:
         distributed.resolve_device(device)
         overrides = [*overrides, f"trainer.device={device}", f"prefix.device={device}"]
-    folder = _folder(run, preset or ("laptop" if is_new else None))
+    folder = _folder(run, preset or ("laptop" if is_new else None), is_written)
     return run_config(folder, preset, seed, overrides), folder
 
 
 @contextlib.contextmanager
 def _training(wait: bool, **options: Any) -> Iterator[tuple[CfgNode, Path]]:
-    """``_configure``, with the lock of the run's folder held meanwhile."""
-    _, run = _configure(**options)  # a mistake in the options shows before anything is written
+    """``_configure``, with the lock of the run's folder held meanwhile. The stored run is copied unless it is named."""
+    _, run = _configure(**options, is_written=True)  # a mistake in the options shows before anything is written
+    if options["run"] is None:
+        run = writable_run(run, wait)
     with locked(run / ".lock", wait):
         options["run"] = run
         yield _configure(**options)  # again: who held the lock may have written it
@@ -203,11 +227,12 @@ def _load(run: Path | None, device: str | None) -> tuple[GPT, dict[str, Prefix],
     return model, prefixes, description["data"], folder
 
 
-def _folder(run: Path | None, new: str | None = None) -> Path:
+def _folder(run: Path | None, new: str | None = None, is_written: bool = False) -> Path:
     """The folder of the run that was asked for; else, and then it is said which, that of a new run or of the newest."""
     if run is None:
-        run = Path("runs", new) if new else distributed.run_on_main(default_run) or Path("runs/laptop")
-        _echo(f"run: {run}", err=True)
+        run = Path("runs", new) if new else distributed.run_on_main(default_run) or OWN_RUN
+        is_copied = is_written and run == STORED_RUN
+        _echo(f"run: {OWN_RUN}, which starts as a copy of {run}" if is_copied else f"run: {run}", err=True)
     return run
 
 
@@ -215,8 +240,10 @@ def _find_prefix(prefixes: dict[str, Prefix], name: str, run: Path) -> tuple[str
     """The prefix of a task, or one of several of it by its name, such as Add1-1a2b3c4d."""
     found = name if name in prefixes else str(Task.parse(name))
     if found not in prefixes:
-        imports = "".join(f" --import {each}" for each in click.get_current_context().meta.get("imported", {}))
-        command, known = f"mingpt prefix '{found}' --run {run}{imports}", ", ".join(prefixes) or "none"
+        context = click.get_current_context()
+        options = f" --run {run}" if context.params.get("run") else ""
+        options += "".join(f" --import {each}" for each in context.meta.get("imported", {}))
+        command, known = f"mingpt prefix '{found}'{options}", ", ".join(prefixes) or "none"
         raise ValueError(f"no prefix for {found} in {run}; there is one for {known}; {command} makes it")
     return found, prefixes[found]
 
@@ -274,9 +301,17 @@ def reproduce(tasks: list[Task], as_json: bool, **options: Any) -> None:
 @_train_options
 @_wait_option
 def pretrain(tasks: list[Task], **options: Any) -> None:
-    """Only pretrain the model, the first stage of 'reproduce', on each TASK. [seven tasks]"""
+    """Only pretrain the model, the first stage of 'reproduce', on each TASK. [seven tasks]
+
+    With --preset text it is the small language model, on Python's documentation and demonstrations of text tasks.
+    """
     with _training(**options, is_new=True) as (config, run):
-        pipeline.pretrain(config, run, tasks or PRETRAINING_TASKS, pipeline.EVERY_TASK)
+        if config.preset == "text" and tasks:
+            raise click.UsageError("the language model of preset text is for its own tasks; leave TASK out")
+        if config.preset == "text":
+            pretrain_language_model(config, run)
+        else:
+            pipeline.pretrain(config, run, tasks or PRETRAINING_TASKS, pipeline.EVERY_TASK)
     _echo(f"the model is {run / 'model.safetensors'}")
 
 
@@ -290,6 +325,7 @@ def prefix(tasks: list[Task], kind: str, as_json: bool, **options: Any) -> None:
     """Train a prefix for each TASK and evaluate it.
 
     A TASK is any expression of tasks, such as SortAscending+Add1. The model is the run's, pretrained first if need be.
+    Without --run and without a run in runs/, the run is runs/laptop, which starts as a copy of checkpoints/laptop.
     """
     with _training(**options, is_new=False) as (config, run):
         model, _ = pipeline.pretrain(config, run)
@@ -324,6 +360,8 @@ def sweep(file: str, processes: int | None, slurm: str | None, worker: bool, as_
         ]
         _echo_result(states, "\n".join(text) or "no studies/*.toml here", as_json)
         return
+    if not Path(file).is_file():
+        raise click.UsageError(f"there is no file {file}; expected a study's TOML file, or the word status")
     study = Study.read(file)
     if worker:
         run_packs(study)
@@ -372,12 +410,16 @@ def generate(
     sampling = _sampling(options)
     model, prefixes, data, run = _load(**options)
     length, vocab_size = data["length"], model.config.vocab_size
-    values = [0] * data["prefix_padding"] + _read_row(row, "the row", length, vocab_size)
+    values = _read_row(row, "the row", length, vocab_size)
     processors: list[Any] = [_CONSTRAINTS[name] for name in constraints]
     if regex is not None:
         processors.append(RegularConstraint(DFA.from_regex(regex, vocab_size)))
-    prefix = None if task is None else _find_prefix(prefixes, task, run)[1]
-    prompt = torch.tensor([values], device=model.device)
+    name, prefix = (None, None) if task is None else _find_prefix(prefixes, task, run)
+    tasks = [pipeline.find_task(each) for each in ([name] if name else data["tasks"])]
+    if name and tasks[0]:
+        _check_defined(tasks[0], values, "the row")
+    _warn_of_new_rows([values], tasks, data["num_digits"])
+    prompt = torch.tensor([[0] * data["prefix_padding"] + values], device=model.device)
     tokens = model.generate(prompt, length, prefixes=prefix, logits_processors=processors, seed=seed, **sampling)
     _echo(" ".join(map(str, tokens[0, -length:].tolist())))
 
@@ -396,7 +438,8 @@ def predict(rows: Path, output: Path, task: str, batch_size: int, wait: bool, se
     model, prefixes, data, run = _load(**options)
     name, prefix = _find_prefix(prefixes, task, run)
     step = multistep.row_step(name, prefix, data["length"], data["prefix_padding"], options=sampling)
-    _answer(multistep.Plan(model, [step]), pipeline.task_of(name), rows, output, batch_size, wait, seed)
+    plan = multistep.Plan(model, [step])
+    _answer(plan, pipeline.task_of(name), data["num_digits"], rows, output, batch_size, wait, seed)
 
 
 @cli.command()
@@ -414,7 +457,7 @@ def chain(name: str, constrained: bool, as_json: bool, run: Path | None, device:
     model, prefixes, data, _ = _load(run, device)
     sizes = {name: data[name] for name in ("length", "num_digits", "prefix_padding")}
     plan = multistep.plan_from_composition(task, model, prefixes, **sizes, is_constrained=constrained)
-    metrics = _answer(plan, task, **files, is_chain=True)
+    metrics = _answer(plan, task, data["num_digits"], **files, is_chain=True)
     accuracies = {name.removeprefix("test-").removesuffix("_accuracy"): value for name, value in metrics.items()}
     lines = [f"{name:24} {value:.2%} of rows are right" for name, value in accuracies.items()]
     _echo_result(accuracies, "\n".join(lines), as_json)
@@ -457,10 +500,19 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
 @click.option("--rows", default=16, type=click.IntRange(min=1), help="The most rows of the text.")
 @click.option("--length", default=128, type=click.IntRange(min=2), help="Tokens in a row.")
 @click.option("--figures", metavar="FOLDER", type=_FOLDER, help="Write heatmaps by layer and head there.")
+@click.option("--page", metavar="FILE", type=_FILE, help="Write all of it as one HTML file, such as analysis.html.")
 @click.option("--device", metavar="NAME", default="cpu", help="auto, cpu, cuda or cuda:N.")
 @_json_option
 def analyze(
-    model: Path, adapter: Path, text: Path, rows: int, length: int, figures: Path | None, device: str, as_json: bool
+    model: Path,
+    adapter: Path,
+    text: Path,
+    rows: int,
+    length: int,
+    figures: Path | None,
+    page: Path | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure what ADAPTER does to MODEL on a text, in each layer and head.
 
@@ -468,6 +520,9 @@ def analyze(
     or LoRA and the like. Nothing is fetched. Text is read by the model's own tokenizer; where its folder has none, each
     line of the file is a row of token ids, such as [6, 2, 7].
     """
+    for path in (model, adapter, text):
+        if not path.exists():
+            raise click.UsageError(f"there is no {path}; expected MODEL and ADAPTER, which are folders, and a text")
     lm = load_causal_lm(model, distributed.resolve_device(device))
     found = load_peft(adapter, lm)
     room = lm.block_size - (found.prefix.n_positions if found.prefix else 0)
@@ -479,6 +534,9 @@ def analyze(
         for name, figure in result.figures().items():
             save_figure(figure, figures / f"{name}.png")
         _echo(f"figures are in {figures}", err=True)
+    if page and _is_main():
+        lab.write_analysis(result, page, shlex.join(["mingpt", *sys.argv[1:]]))
+        _echo(f"{page}, {page.stat().st_size / 1e3:.0f} kB; open it in a browser", err=True)
 
 
 @cli.command("report")
@@ -488,7 +546,7 @@ def analyze(
 @click.option("--half", "use_half", is_flag=True, help="float16 weights: half the size, a few other answers.")
 def write_lab_page(run: Path | None, out: Path, studies: tuple[Path, ...], use_half: bool) -> None:
     """Write the lab page of a run: one HTML file in which its model answers, and its prefixes can be mixed."""
-    lab.write_report(_folder(run), out, studies or _studies_here(), use_half)
+    lab.write_report(_folder(run), out, _studies(studies), use_half)
     _echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
@@ -499,7 +557,7 @@ def write_lab_page(run: Path | None, out: Path, studies: tuple[Path, ...], use_h
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 def open_lab(run: Path | None, studies: tuple[Path, ...], port: int | None, no_browser: bool) -> None:
     """Open the lab page of a run in the browser; its curves grow while the run is trained."""
-    with lab.LabServer(_folder(run), studies or _studies_here(), port or 0) as server:
+    with lab.LabServer(_folder(run), _studies(studies), port or 0) as server:
         server.page()  # before a browser waits for it
         _echo(f"{server.url}\nCtrl-C ends it")
         if not no_browser:
@@ -508,9 +566,12 @@ def open_lab(run: Path | None, studies: tuple[Path, ...], port: int | None, no_b
             server.serve_forever()
 
 
-def _studies_here() -> list[Path]:
-    """The folders of the studies in the current folder that have results."""
-    return [path.parent for path in sorted(Path("studies").glob("*/results.csv"))]
+def _studies(folders: Sequence[Path]) -> list[Path]:
+    """These folders of studies, or else those in the current folder that have results."""
+    for folder in folders:
+        if not (folder / "results.csv").is_file():
+            raise click.UsageError(f"no results.csv in {folder}; 'mingpt sweep {folder}.toml' makes it")
+    return list(folders) or [path.parent for path in sorted(Path("studies").glob("*/results.csv"))]
 
 
 @cli.command("runs")
@@ -518,6 +579,8 @@ def _studies_here() -> list[Path]:
 @_json_option
 def show_runs(run: Path | None, as_json: bool) -> None:
     """List the runs, those that changed last first."""
+    if run is not None and not run.is_dir():
+        raise click.UsageError(f"there is no folder {run}; without --run all runs are listed")
     runs = [each._asdict() for each in (list_runs() if run is None else [run_status(run)])]
     line = "{path!s:24} {state:32} {preset}, seed {seed}, changed {changed:%Y-%m-%d %H:%M}"
     lines = [line.format_map(each) for each in runs] or ["no runs; 'mingpt reproduce' makes one"]
@@ -571,6 +634,7 @@ for _command in cli.commands.values():
 def _answer(
     plan: multistep.Plan,
     task: Task,
+    num_digits: int,
     rows: Path,
     output: Path,
     batch_size: int,
@@ -583,7 +647,7 @@ def _answer(
     Until all is done, a folder beside the output keeps what is done.
     """
     length, vocab_size = plan.steps[0].max_new_tokens, plan.model.config.vocab_size
-    examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
+    examples = distributed.run_on_main(lambda: _read_rows(rows, task, num_digits, length, vocab_size))
     folder = output.with_name(output.name + ".steps")
     with scratch_folder(folder, wait):
         if not distributed.run_on_main(output.exists):  # else what is in the folder is of a command that was cut off
@@ -597,7 +661,7 @@ def _answer(
     raise ValueError(f"{output} exists; remove it or choose another file")
 
 
-def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[list[int]]:
+def _read_rows(path: Path, task: Task, num_digits: int, length: int, vocab_size: int) -> list[list[int]]:
     """The rows of a file, each checked: the model can read it, and the task is defined on it."""
     rows = []
     try:
@@ -605,11 +669,37 @@ def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[lis
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: {error}") from None
     for number, line in enumerate(lines, start=1):
-        row = _read_row(line, f"line {number} of {path}", length, vocab_size)
-        if not task.is_defined(np.array(row)):
-            raise ValueError(f"line {number} of {path}: {task} is not defined on {row}: {task.requirement}")
-        rows.append(row)
+        what = f"line {number} of {path}"
+        rows.append(_read_row(line, what, length, vocab_size))
+        _check_defined(task, rows[-1], what)
+    _warn_of_new_rows(rows, [task], num_digits, path)
     return rows
+
+
+def _check_defined(task: Task, row: list[int], what: str) -> None:
+    if not task.is_defined(np.array(row)):
+        raise ValueError(f"{what}: {task} is not defined on {row}: {task.requirement}")
+
+
+def _warn_of_new_rows(
+    rows: list[list[int]], tasks: Sequence[Task | None], num_digits: int, path: Path | None = None
+) -> None:
+    """Say which rows hold numbers that no row of the tasks has. None is a task that is not known here."""
+    trained = dict.fromkeys(task.input_values(num_digits) for task in tasks if task)
+    if None in tasks or not rows:
+        return
+    is_known = np.any([values.contain(np.array(rows)).all(axis=-1) for values in trained], axis=0)  # (N,)
+    if not is_known.all():
+        what = f"line {is_known.argmin() + 1} of {path}" if path else "the row"
+        what += f" and {n_more} more" if (n_more := (~is_known).sum() - 1) else ""
+        ranges = "; or of ".join(map(_range, trained))
+        _echo(f"warning: {what}: training had only rows of {ranges}, so the answer may be anything", err=True)
+
+
+def _range(values: Values) -> str:
+    """What a row may hold, such as "1 to 10"."""
+    first, rest = (f"{each.low} to {each.high}" for each in values)
+    return rest if first == rest else f"{first}, then {rest}"
 
 
 def _read_row(text: str, what: str, length: int, vocab_size: int) -> list[int]:

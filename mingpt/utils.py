@@ -12,7 +12,7 @@ import sys
 import textwrap
 import warnings
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -210,17 +210,33 @@ class CfgNode:
 
     def _find(self, key: str) -> tuple[CfgNode, str, Any, bool]:
         """The node that a dotted key is in, the key's last part, a value of its type, and whether it takes None."""
-        node, value, name = self, self, ""
+        node, value, name, group = self, self, "", ""
         for name in key.split("."):
             known = value.to_dict() if isinstance(value, CfgNode) else {}
             if name not in known:
-                here = f"{nearest(name, known)}. Known here: {', '.join(known) or 'none'}"
+                here = f"{self._nearest(key, group)}. Known here: {', '.join(known) or 'none'}"
                 raise ValueError(f"unknown configuration key {key!r}{here}")
+            group += f"{name}."
             node, value = value, getattr(value, name)
         if isinstance(value, CfgNode):
             raise ValueError(f"configuration key {key!r} is a group; set one of {', '.join(value.to_dict())}")
         declared = (node._defaults or node.__dict__).get(name)
         return node, name, value if declared is None else declared, isinstance(declared, str | None)
+
+    def _nearest(self, key: str, group: str) -> str:
+        """As ``nearest``, for a dotted key that is wrong after ``group``: all known ones with the nearest last part."""
+        known = [name for name in self._keys() if name.startswith(group)]
+        parts = [name.rpartition(".")[2] for name in known]
+        close = difflib.get_close_matches(key.rpartition(".")[2], parts, n=1, cutoff=0.5)
+        found = [repr(name) for name, part in zip(known, parts, strict=True) if part in close]
+        return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+    def _keys(self, group: str = "") -> Iterator[str]:
+        """Every dotted key, also of groups."""
+        for name, value in self._items():
+            yield group + name
+            if isinstance(value, CfgNode):
+                yield from value._keys(f"{group}{name}.")
 
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list of as many values"}

@@ -68,6 +68,18 @@ def copy(folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def stored(folder, tmp_path, monkeypatch):
+    """A copy of that run as the stored one, as in a fresh clone, where there is no folder runs."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(folder, "checkpoints/laptop", copy_function=shutil.copyfile))
+
+
+def contents(folder):
+    """Each file of a folder by its name in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture
 def files(tmp_path):
     """A file of rows, and one that is not there yet."""
     rows = tmp_path / "in.jsonl"
@@ -115,6 +127,44 @@ def test_a_command_without_any_run_says_how_to_make_one(run, tmp_path, monkeypat
     assert (code, out) == (2, "")
     assert "error: no model in runs/laptop; 'mingpt reproduce' makes one" in err
     assert run("runs")[1] == "no runs; 'mingpt reproduce' makes one\n"
+
+
+def test_what_writes_works_in_a_copy_of_the_stored_run(run, stored):
+    before = contents(stored)
+    code, out, err = run("prefix", "Add1+Add1")
+    assert code == 0, err
+    assert err.startswith("run: runs/laptop, which starts as a copy of checkpoints/laptop\n")
+    assert err.count("run: ") == 1
+    assert "the prefixes are in runs/laptop/prefixes" in err
+    assert contents(stored) == before
+    assert [path.name for path in Path("runs").iterdir()] == ["laptop"]
+    assert {name: contents("runs/laptop").get(name) for name in before} == before
+    assert Path("runs/laptop/prefixes/Add1+Add1.safetensors").exists()
+    code, again, err = run("eval", "Add1+Add1", "--rows", 10)
+    assert (code, again, err) == (0, out, "run: runs/laptop\n")
+    assert "run: runs/laptop\n" in run("prefix", "LessThan+Add1")[2]
+    assert contents(stored) == before
+
+
+def test_what_only_reads_uses_the_stored_run_and_says_so(run, stored):
+    before = contents(stored)
+    for command in (["eval", "Add1", "--rows", 3], ["generate", ROW, "--task", "Add1"], ["config"]):
+        code, _, err = run(*command)
+        assert (code, err) == (0, "run: checkpoints/laptop\n")
+    code, _, err = run("generate", ROW, "--task", "Add1+Add1")  # the command that it names writes into a copy too
+    assert (code, err.endswith("; mingpt prefix 'Add1+Add1' makes it\n")) == (2, True)
+    code, _, err = run("prefix", "Add1", "--set", "max_iters=3")
+    assert code == 2
+    assert "did you mean 'trainer.max_iters' or 'prefix.max_iters'?" in err
+    assert not Path("runs").exists()
+    assert contents(stored) == before
+
+
+def test_the_stored_run_is_written_where_it_is_named(run, stored):
+    code, _, err = run("prefix", "Add1+Add1", "--run", stored)
+    assert (code, "run: " in err) == (0, False)
+    assert (stored / "prefixes" / "Add1+Add1.safetensors").exists()
+    assert not Path("runs").exists()
 
 
 def test_runs_are_listed_with_their_state(run, copy):
@@ -253,7 +303,7 @@ def test_without_its_file_a_task_is_left_out_and_said_to_be(run, copy, monkeypat
     code, _, err = run("eval", "Add1+Add1", "--import", "rotating.py")
     assert code == 2
     assert " --import rotating.py makes it" in err
-    monkeypatch.delitem(Task._classes, "RotateOfFile")  # as in another process
+    monkeypatch.delitem(Task._classes, (Task, "RotateOfFile"))  # as in another process
     code, out, err = run("eval", "--rows", 10)
     assert code == 0, err
     assert "RotateOfFile(2) is left out: no such task is known; --import its file" in err
@@ -282,6 +332,8 @@ class RotateOfFile(Task):
         ("not_there.py", None, "there is no such file"),
         ("README.md", "", "it is no .py file"),
         ("not_there", None, "No module named 'not_there'"),
+        ("no/file.py", None, "there is no such file"),
+        ("checkpoints", None, "it is no module with a file"),
         ("json.py", "", "another module is named json; rename the file"),
         ("broken_1.py", "1 / 0", "ZeroDivisionError"),
         ("broken_2.py", "def", "SyntaxError"),
@@ -290,9 +342,10 @@ class RotateOfFile(Task):
 def test_an_import_that_fails_is_one_line(run, tmp_path, monkeypatch, name, source, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("checkpoints").mkdir()
     if source is not None:
         Path(name).write_text(source)
-    code, out, err = run("reproduce", "--import", name)
+    code, out, err = run("reproduce", "--import", name, *TINY)
     assert (code, out) == (2, "")
     assert f"cannot import {name}: " in err
     assert message in err
@@ -426,6 +479,48 @@ def test_a_row_that_the_model_cannot_read_is_refused(run, folder, row):
 
 
 @pytest.mark.parametrize(
+    ("row", "task", "expected"),
+    [
+        (ROW, "Add1", ""),
+        ("0 1 0 1 0 1 0 1 0 1", None, ""),
+        ("11 2 7 6 7 5 3 6 6 10", "Add1", "rows of 1 to 10, so"),
+        ("6 2 7 6 7 5 3 6 6 0", "SortAscending+Add1", "rows of 1 to 10, so"),
+        ("6 2 7 6 7 5 3 6 6 10", "Modulo", "rows of 2 to 5, then 1 to 10, so"),
+        ("6 2 7 6 7 5 3 6 6 12", None, "rows of 1 to 10; or of 2 to 5, then 1 to 10; or of 0 to 1, so"),
+    ],
+)
+def test_a_row_of_numbers_that_were_in_no_training_gets_a_warning(run, folder, row, task, expected):
+    code, out, err = run("generate", "--run", folder, row, *(["--task", task] if task else []))
+    assert (code, len(out.split())) == (0, 10)
+    if not expected:
+        assert err == ""
+    else:
+        assert err == f"warning: the row: training had only {expected} the answer may be anything\n"
+
+
+@pytest.mark.parametrize("command", [["predict", "--task", "Add1"], ["chain", "--task", "Add1+LessThan"]])
+def test_the_rows_of_a_file_that_were_in_no_training_get_one_warning(run, folder, files, command):
+    rows = [ROWS[0], [11] * 10, ROWS[1], [0] * 10]
+    for n_rows, more in ((1, None), (2, ""), (4, " and 1 more")):
+        files[0].write_text("".join(f"{row}\n" for row in rows[:n_rows]))
+        code, _, err = run(command[0], *files, "--run", folder, *command[1:])
+        assert code == 0, err
+        text = (
+            f"warning: line 2 of {files[0]}{more}: training had only rows of 1 to 10, so the answer may be anything\n"
+        )
+        assert err == ("" if more is None else text)
+        files[1].unlink()
+    files[0].write_text("")
+    assert run(command[0], *files, "--run", folder, *command[1:])[2] == ""
+
+
+def test_generate_refuses_a_row_on_which_the_task_is_not_defined(run, folder):
+    code, out, err = run("generate", "--run", folder, "--task", "Modulo", "0 2 7 6 7 5 3 6 6 10")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the row: Modulo is not defined on [0, 2, 7, 6, 7, 5, 3, 6, 6, 10]: ")
+
+
+@pytest.mark.parametrize(
     ("options", "is_right"),
     [
         (["--constraint", "sorted"], lambda answer: answer == sorted(answer)),
@@ -553,7 +648,9 @@ def test_help_reads_well(run):
         (["frob"], "No such command 'frob'"),
         (["reproduce", "--preset", "smok"], "did you mean 'smoke'"),
         (["reproduce", "Sort"], "unknown task 'Sort'"),
-        (["reproduce", "--set", "trainer.max_iter=3"], "did you mean 'max_iters'"),
+        (["reproduce", "--set", "trainer.max_iter=3"], "did you mean 'trainer.max_iters'?"),
+        (["reproduce", "--set", "max_iters=3"], "did you mean 'trainer.max_iters' or 'prefix.max_iters'?"),
+        (["reproduce", "--set", "max_iter=3"], "did you mean 'trainer.max_iters' or 'prefix.max_iters'?"),
         (["reproduce", "--set", "trainer.batch_size=abc"], "batch_size"),
         (["reproduce", "--set", "evaluation.n_matrix_rows=0", *TINY[:-2]], "n_matrix_rows"),
         (["reproduce", "--set", "trainer=3"], "is a group"),
@@ -565,6 +662,29 @@ def test_help_reads_well(run):
         (["prefix", "Add1", "--kind", "soft"], "'soft' is not one of"),
         (["generate", "1 2", "--run", "nowhere"], "no model in nowhere"),
         (["inspect", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
+        (["inspect", "."], "'.' is a directory"),
+        (["eval", "--run", "nowhere"], "no model in nowhere"),
+        (["runs", "--run", "nowhere"], "there is no folder nowhere"),
+        (["report", "--run", "nowhere"], "there is no run nowhere"),
+        (["report", "--study", "nowhere"], "no results.csv in nowhere; 'mingpt sweep nowhere.toml' makes it"),
+        (["lab", "--study", "nowhere"], "no results.csv in nowhere"),
+        (["sweep", "none.toml"], "there is no file none.toml; expected a study's TOML file, or the word status"),
+        (["sweep", "."], "there is no file .; expected a study's TOML file"),
+        (["predict", "none.jsonl", "out.jsonl", "--task", "Add1"], "'none.jsonl' does not exist"),
+        (["chain", "none.jsonl", "out.jsonl", "--task", "Add1"], "'none.jsonl' does not exist"),
+        (["export", "exported", "--run", "nowhere"], "no model in nowhere"),
+        (["analyze", "nowhere", "nowhere", "--text", "none.txt"], "there is no nowhere; expected MODEL and ADAPTER"),
+        (["analyze", ".", "nowhere", "--text", __file__], "there is no nowhere; expected MODEL and ADAPTER"),
+        (["analyze", ".", ".", "--text", "none.txt"], "there is no none.txt; expected MODEL and ADAPTER"),
+        *(
+            (command, f"{__file__}/x cannot be: {__file__} is a file, and no folder")
+            for command in (
+                ["prefix", "Add1", "--run", f"{__file__}/x"],
+                ["predict", __file__, f"{__file__}/x", "--task", "Add1"],
+                ["export", f"{__file__}/x"],
+                ["report", "--out", f"{__file__}/x"],
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
@@ -586,6 +706,14 @@ def test_a_damaged_file_is_one_line(run, folder, tmp_path):
     assert code == 2
     assert "model.safetensors: field 'checksum'" in err
     assert len(err.splitlines()) == 1
+
+
+def test_an_error_of_the_system_is_told_without_its_number(run, folder, monkeypatch):
+    def from_regex(*_):
+        raise FileNotFoundError(2, "No such file or directory", "some/file")
+
+    monkeypatch.setattr(constraints.DFA, "from_regex", from_regex)
+    assert run("generate", "--run", folder, "--regex", "1", ROW)[2] == "error: No such file or directory: 'some/file'\n"
 
 
 def test_an_error_of_several_lines_is_one_line(run, folder, monkeypatch):

@@ -99,9 +99,14 @@ def test_merge_from_args_as_minGPT():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--model.n_layers=3", r"'model.n_layers'.*'n_layer'"),
-        ("--modle.n_layer=3", r"'modle.n_layer'.*'model'"),
-        ("--n_layer=3", "unknown configuration key 'n_layer'"),
+        ("--model.n_layers=3", r"'model.n_layers'.*did you mean 'model.n_layer'\?"),
+        ("--modle.n_layer=3", r"'modle.n_layer'.*did you mean 'model.n_layer'\?"),
+        ("--modle=3", r"'modle'.*did you mean 'model'\?"),
+        (
+            "--n_layer=3",
+            r"unknown configuration key 'n_layer' \(did you mean 'model.n_layer'\?\). Known here: system, ",
+        ),
+        ("--n_layers=3", r"did you mean 'model.n_layer'\?"),
         ("--model.n_layer.deep=3", "unknown configuration key"),
         ("--model=3", r"group.*n_layer"),
         ("--=3", "unknown configuration key"),
@@ -127,7 +132,7 @@ def test_override():
     config.override("model.n_head", 8)
     config.override("betas", [1, 2])
     assert (config.model.n_head, config.betas) == (8, (1.0, 2.0))
-    with pytest.raises(ValueError, match="did you mean 'n_head'"):
+    with pytest.raises(ValueError, match=r"did you mean 'model.n_head'"):
         config.override("model.n_heads", 8)
 
 
@@ -277,7 +282,7 @@ def test_update_from_reads_what_json_keeps():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {"n_layers": 3}}, r"runs/0/config.json: .*'model.n_layers'.*did you mean 'n_layer'"),
+        ({"model": {"n_layers": 3}}, r"runs/0/config.json: .*'model.n_layers'.*did you mean 'model.n_layer'"),
         ({"model": {"n_layer": "3"}}, r"runs/0/config.json: .*'model.n_layer' takes an integer, got '3'"),
         ({"extra": {"a": 1}}, r"runs/0/config.json: unknown .*'extra.a'"),
         ({"model": 3}, r"runs/0/config.json: .* is a group"),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterable
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from mingpt.distributed import run_on_main
 from mingpt.storage.checkpoint import read_description
-from mingpt.storage.files import read_json
+from mingpt.storage.files import naming, read_json, scratch_folder, write_atomic
 
 FOLDERS = (Path("runs"), Path("checkpoints"))
 """Where runs are, relative to the current folder."""
+
+STORED_RUN, OWN_RUN = (folder / "laptop" for folder in reversed(FOLDERS))
+"""The run that comes with the repository, and its copy, which commands write into."""
 
 
 class RunStatus(NamedTuple):
@@ -56,12 +61,49 @@ def run_status(run: str | Path) -> RunStatus:
 
 def list_runs(folders: Iterable[str | Path] = FOLDERS) -> list[RunStatus]:
     """The status of every folder in ``folders``, those that changed last first."""
-    runs = (run_status(path) for folder in folders for path in Path(folder).glob("*/"))
+    runs = (run_status(path) for folder in folders for path in Path(folder).glob("[!.]*/"))
     return sorted(runs, key=attrgetter("changed"), reverse=True)
 
 
 def default_run() -> Path | None:
     """The run in ``runs`` that changed last, else ``checkpoints/laptop``, else None; in the current folder."""
-    stored = FOLDERS[1] / "laptop"
     newest = [run.path for run in list_runs(FOLDERS[:1]) if run.state != "empty"]
-    return next(iter(newest), stored if stored.is_dir() else None)
+    return next(iter(newest), STORED_RUN if STORED_RUN.is_dir() else None)
+
+
+def writable_run(run: Path, wait: bool = False) -> Path:
+    """The run to write into instead of a run that was not asked for by name: the same, or the copy of the stored one.
+
+    The copy, ``runs/laptop``, appears when it is complete. All processes of a job must get here.
+
+    Args:
+        run: the folder.
+        wait: whether to wait for another process that is making the copy.
+
+    Raises:
+        LockedError: if another process is making the copy.
+        ValueError: if something else is in its place.
+    """
+    folder = OWN_RUN.with_name(f".{OWN_RUN.name}.partial")
+
+    def copy() -> None:
+        if run_status(OWN_RUN).state != "empty":  # another process has just made it
+            return
+        if OWN_RUN.exists() and any(OWN_RUN.iterdir()):
+            raise ValueError(f"{OWN_RUN} is to be a copy of {STORED_RUN}, and other files are there; remove it")
+        shutil.rmtree(folder / "all", ignore_errors=True)  # of a copy that was cut off
+        try:
+            for path in STORED_RUN.rglob("[!.]*"):
+                if path.is_file():
+                    write_atomic(folder / "all" / path.relative_to(STORED_RUN), path.read_bytes())
+            with naming(OWN_RUN):
+                (folder / "all").rename(OWN_RUN)
+        finally:
+            shutil.rmtree(folder / "all", ignore_errors=True)
+
+    if run == STORED_RUN or (run == OWN_RUN and run_on_main(folder.exists)):  # left by a process that was killed
+        with scratch_folder(folder, wait):
+            if run == STORED_RUN:
+                run_on_main(copy)
+        return OWN_RUN
+    return run

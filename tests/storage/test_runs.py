@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
-from mingpt.storage import checkpoint
-from mingpt.storage.runs import RunStatus, default_run, list_runs, run_status
+from mingpt.storage import checkpoint, runs
+from mingpt.storage.files import LockedError, write_atomic
+from mingpt.storage.runs import OWN_RUN, STORED_RUN, RunStatus, default_run, list_runs, run_status, writable_run
 
 CONFIG = {"preset": "smoke", "seed": 3, "trainer": {"max_iters": 30}}
 
@@ -103,3 +106,105 @@ def test_the_default_is_the_newest_of_runs_then_the_stored_one():
     assert default_run() == Path("runs/a")
     touch("runs/b/prefixes/Add1.safetensors", 300)
     assert default_run() == Path("runs/b")
+
+
+# ------------------------------------------------------------------------------------------- the stored run's copy
+
+
+def contents(folder):
+    """Each file of a folder, also of those with a dot, by its name in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def stored():
+    """The files of a run in checkpoints/laptop."""
+    for number, name in enumerate(("config.json", "model.safetensors", "prefixes/Add1.safetensors")):
+        touch(f"checkpoints/laptop/{name}", 100 + number)
+    return contents("checkpoints/laptop")
+
+
+def test_the_copy_has_all_files_but_those_that_are_being_written(stored):
+    Path("checkpoints/laptop/.lock").touch()
+    assert writable_run(STORED_RUN) == OWN_RUN
+    assert contents("runs") == {f"laptop/{name}": content for name, content in stored.items()}
+    assert [path.name for path in Path("runs").iterdir()] == ["laptop"]
+    assert default_run() == Path("runs/laptop")
+    touch("runs/laptop/prefixes/Add1.safetensors", 500)
+    Path("runs/laptop/config.json").write_text("changed")
+    writable_run(STORED_RUN)  # once is enough
+    assert Path("runs/laptop/config.json").read_text() == "changed"
+
+
+def test_another_run_is_written_itself(stored):
+    for run in (Path("runs/other"), OWN_RUN):
+        assert writable_run(run) == run
+        assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_copy_that_is_cut_off_leaves_no_file(stored, monkeypatch, error):
+    written = []
+
+    def write(path, data):
+        if len(written) == 2:
+            raise error
+        write_atomic(path, data)
+        written.append(path)
+
+    monkeypatch.setattr(runs, "write_atomic", write)
+    with pytest.raises(error):
+        writable_run(STORED_RUN)
+    assert contents("runs") == {}
+    assert not Path("runs/laptop").exists()
+    assert default_run() == Path("checkpoints/laptop")
+
+
+def test_what_a_killed_process_has_left_of_a_copy_is_no_run_and_goes(stored):
+    touch("runs/.laptop.partial/all/config.json", 900)
+    touch("runs/.laptop.partial/all/stray.json", 900)
+    touch("runs/.laptop.partial/.lock", 900)
+    assert [str(run.path) for run in list_runs()] == ["checkpoints/laptop"]
+    writable_run(STORED_RUN)
+    assert contents("runs") == {f"laptop/{name}": content for name, content in stored.items()}
+    assert [path.name for path in Path("runs").iterdir()] == ["laptop"]
+
+
+@pytest.mark.parametrize("left", ["", ".lock"])
+def test_what_a_process_that_was_killed_after_the_copy_has_left_goes_too(stored, left):
+    writable_run(STORED_RUN)
+    Path("runs/.laptop.partial").mkdir()
+    if left:
+        Path("runs/.laptop.partial", left).touch()
+    assert writable_run(OWN_RUN) == OWN_RUN
+    assert [path.name for path in Path("runs").iterdir()] == ["laptop"]
+    assert contents("runs/laptop") == stored
+
+
+def test_two_processes_do_not_copy_at_once(stored):
+    lock = "with locked('runs/.laptop.partial/.lock'): print('held', flush=True); input()"
+    script = f"from mingpt.storage.files import locked\n{lock}"
+    environment = os.environ | {"PYTHONPATH": str(Path(runs.__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=f"is in use by process {holder.pid} "):
+            writable_run(STORED_RUN)
+        assert not Path("runs/laptop").exists()
+        holder.communicate("\n")
+    writable_run(STORED_RUN, wait=True)
+    assert default_run() == Path("runs/laptop")
+
+
+def test_other_files_are_not_taken_for_the_copy(stored):
+    touch("runs/laptop/notes.txt", 100)
+    with pytest.raises(
+        ValueError, match=r"runs/laptop is to be a copy of checkpoints/laptop, and other files are there"
+    ):
+        writable_run(STORED_RUN)
+    assert contents("runs/laptop") == {"notes.txt": b"{}"}
+    Path("runs/laptop/notes.txt").unlink()
+    writable_run(STORED_RUN)
+    assert contents("runs/laptop") == stored
