@@ -647,7 +647,8 @@ def _answer(
     Until all is done, a folder beside the output keeps what is done.
     """
     length, vocab_size = plan.steps[0].max_new_tokens, plan.model.config.vocab_size
-    examples = distributed.run_on_main(lambda: _read_rows(rows, task, num_digits, length, vocab_size))
+    examples = distributed.run_on_main(lambda: _read_rows(rows, task, length, vocab_size))
+    _warn_of_new_rows(examples, [task], num_digits, rows)
     folder = output.with_name(output.name + ".steps")
     with scratch_folder(folder, wait):
         if not distributed.run_on_main(output.exists):  # else what is in the folder is of a command that was cut off
@@ -661,7 +662,7 @@ def _answer(
     raise ValueError(f"{output} exists; remove it or choose another file")
 
 
-def _read_rows(path: Path, task: Task, num_digits: int, length: int, vocab_size: int) -> list[list[int]]:
+def _read_rows(path: Path, task: Task, length: int, vocab_size: int) -> list[list[int]]:
     """The rows of a file, each checked: the model can read it, and the task is defined on it."""
     rows = []
     try:
@@ -672,7 +673,6 @@ def _read_rows(path: Path, task: Task, num_digits: int, length: int, vocab_size:
         what = f"line {number} of {path}"
         rows.append(_read_row(line, what, length, vocab_size))
         _check_defined(task, rows[-1], what)
-    _warn_of_new_rows(rows, [task], num_digits, path)
     return rows
 
 

@@ -36,6 +36,7 @@ SMALLER = {
     r"^mingpt prefix (?!.*--set)": "mingpt prefix --set prefix.max_iters=2 ",
     r"--preset seed": "--preset smoke",
     r"runs/seed": "runs/smoke",
+    r"--preset text --run checkpoints/text": "--preset text --run runs/text --set trainer.max_iters=2",
     r"-- reproduce ": "-- reproduce --preset smoke ",
 }
 """What is made smaller, so that the test ends in time: patterns, and what takes their place."""

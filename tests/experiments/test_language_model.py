@@ -80,7 +80,7 @@ def test_a_prefix_learns_a_text_task_and_leaves_the_model_alone(counts):
         trainer = PrefixTrainer(settings, counts, data, prefix)
         trainer.run()
         losses.append(trainer.loss.item())
-    assert losses[1] < losses[0] - 0.3
+    assert losses[1] < losses[0] - 0.1
     assert all(torch.equal(each, before[name]) for name, each in counts.state_dict().items())
     with pytest.raises(ValueError, match="prefix_padding has 3"):
         evaluate(counts, data.with_changes(prefix_padding=3), prefix)
