@@ -30,7 +30,7 @@ from mingpt.algebra import AnyTask
 from mingpt.decoding.logits_processors import Constraint, Context, LogitsProcessor, State
 from mingpt.tasks import SIMPLE_TASKS, CompositeTask, Task
 from mingpt.text import TextTask
-from mingpt.text.tasks import KINDS, Draws
+from mingpt.text.tasks import KINDS, RandomText
 
 # --------------------------------------------------------------------------------------------------- tasks
 
@@ -250,10 +250,10 @@ def check_text_task_properties(task: TextTask, texts: Sequence[str] = ()) -> Non
     assert AnyTask.parse(str(task)) == TextTask.parse(str(task)) == task
     assert hash(AnyTask.parse(str(task))) == hash(task)
     assert eval(repr(task), {type(each).__name__: type(each) for each in task.tasks}) == task
-    draws = Draws(np.random.Philox(7))
-    drawn = [task.draw(draws) for _ in range(100)]
+    rng = RandomText(np.random.Philox(7))
+    drawn = [task.draw(rng) for _ in range(100)]
     assert len(set(drawn)) > 20, f"{task} draws {len(set(drawn))} different texts in 100"
-    assert drawn == [task.draw(again) for again in [Draws(np.random.Philox(7))] for _ in range(100)]
+    assert drawn == [task.draw(again) for again in [RandomText(np.random.Philox(7))] for _ in range(100)]
     kind = KINDS[task.output_kind(task.reads)]
     for text in [*drawn, *texts]:
         answer, by_steps = task(text), text

@@ -67,7 +67,7 @@ class CorpusDataset(torch.utils.data.Dataset):
             split: "train", "validation" or "test", which have no character in common.
             text: at least 64 times as long as a window; or a function that is called when the text is needed.
             length: T, tokens of a window.
-            seed: of the places.
+            seed: of the windows.
             tokenizer: see ``mingpt.text.tokenizers``.
 
         Raises:
@@ -93,7 +93,7 @@ class CorpusDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
         """Build the examples of these indices: ``x`` and ``y``, (N, T) of int64 each."""
         starts = [
-            np.random.Philox(key=self.seed % 2**64, counter=[0, 0, 0, int(index)]).random_raw() % self._n_places
+            np.random.Philox(key=self.seed % 2**64, counter=[0, 0, 0, int(index)]).random_raw() % self._n_starts
             for index in indices
         ]
         windows = torch.from_numpy(
@@ -102,7 +102,7 @@ class CorpusDataset(torch.utils.data.Dataset):
         return windows[:, :-1], windows[:, 1:]
 
     @property
-    def _n_places(self) -> int:
+    def _n_starts(self) -> int:
         return len(self._tokens) - self.length
 
     def check_fits(self, vocab_size: int, block_size: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mingpt.datasets import IGNORED, MAX_LENGTH, SPLITS, check_fits, integer
-from mingpt.text.tasks import Draws, TextTask
+from mingpt.text.tasks import RandomText, TextTask
 from mingpt.text.tokenizers import CHARACTERS, Tokenizer
 
 BLOCK_TEXTS = 256
@@ -178,10 +178,10 @@ def _block(task: TextTask, seed: int, stream: str, number: int) -> list[tuple[st
     """Block ``number`` of a stream: texts of one split, those of demonstrations are for training."""
     name = json.dumps(["text", 1, str(task.tasks[0]), seed, stream])
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
-    draws = Draws(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+    rng = RandomText(np.random.Philox(key=key, counter=[0, 0, 0, number]))
     split, found = ("train" if stream == "demonstrations" else stream), []
     for _ in range(1000 * BLOCK_TEXTS):
-        text = task.draw(draws)
+        text = task.draw(rng)
         if split_of_text(text) == split:
             found.append((text, task.solve(text)))
             if len(found) == BLOCK_TEXTS:

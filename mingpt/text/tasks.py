@@ -42,7 +42,7 @@ WORDS = tuple(_WORDS.split())
 _CLOSING = dict(zip("([{", ")]}", strict=True))
 
 
-class Draws:
+class RandomText:
     """Random numbers for the texts of one block: numpy's counter-based Philox, the same on every machine."""
 
     def __init__(self, bits: np.random.Philox):
@@ -91,9 +91,9 @@ class TextTask(AnyTask):
     writes: ClassVar[str | None] = None
     """The kind of text that ``solve`` gives; None where that is the kind it was given."""
 
-    def draw(self, draws: Draws) -> str:
+    def draw(self, rng: RandomText) -> str:
         """A text that the task is posed on; from the kind that it reads, if a subclass does not say otherwise."""
-        return _draw(self.reads, draws)
+        return _draw(self.reads, rng)
 
     def solve(self, text: str) -> str:
         """The answer to a text of the kind that the task reads."""
@@ -140,8 +140,8 @@ class CompositeTextTask(TextTask):
         self.reads = self.tasks[0].reads  # pyright: ignore[reportAttributeAccessIssue]
         self.output_kind(self.reads)
 
-    def draw(self, draws: Draws) -> str:
-        return self.tasks[0].draw(draws)
+    def draw(self, rng: RandomText) -> str:
+        return self.tasks[0].draw(rng)
 
     def solve(self, text: str) -> str:
         for task in self.tasks:
@@ -281,34 +281,34 @@ class AddNumbers(TextTask):
 _NEXT = str.maketrans("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza")
 
 
-def _draw(kind: str, draws: Draws) -> str:
+def _draw(kind: str, rng: RandomText) -> str:
     """A text of a kind."""
     if kind == "letters" or kind == "text":
-        return draws.letters(3, 7)
+        return rng.letters(3, 7)
     if kind == "capitals":
-        return draws.letters(3, 7).upper()
+        return rng.letters(3, 7).upper()
     if kind == "words":
-        return draws.words(1, 4)
+        return rng.words(1, 4)
     if kind == "number":
-        return str(draws.below(100))
+        return str(rng.below(100))
     if kind == "sum":
-        return f"{draws.below(100)}+{draws.below(100)}"
+        return f"{rng.below(100)}+{rng.below(100)}"
     if kind == "pairs":
-        keys = draws.distinct_letters(draws.between(2, 4))
-        return "".join(f"{key}{draws.below(10)} " for key in keys) + draws.choice(keys)
+        keys = rng.distinct_letters(rng.between(2, 4))
+        return "".join(f"{key}{rng.below(10)} " for key in keys) + rng.choice(keys)
     if kind == "brackets":
-        return _brackets(draws)
+        return _brackets(rng)
     raise ValueError(f"unknown kind of text {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
-def _brackets(draws: Draws) -> str:
+def _brackets(rng: RandomText) -> str:
     """From 2 to 7 brackets, of which at least one is still open and each that closes closes the last one."""
     text, still_open = "", []
-    for n_left in range(draws.between(2, 7), 0, -1):
-        if still_open and n_left > 1 and draws.below(3) == 0:
+    for n_left in range(rng.between(2, 7), 0, -1):
+        if still_open and n_left > 1 and rng.below(3) == 0:
             text += still_open.pop()
         else:
-            text += (opening := draws.choice("([{"))
+            text += (opening := rng.choice("([{"))
             still_open.append(_CLOSING[opening])
     return text
 

@@ -1,4 +1,4 @@
-"""Tasks over text: what they do, which compositions are defined, and the laws that tasks on rows obey too."""
+"""Tasks over text: what they do, which compositions are defined, and the properties that tasks on rows have too."""
 
 from __future__ import annotations
 
