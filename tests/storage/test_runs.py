@@ -181,6 +181,12 @@ def test_what_a_process_that_was_killed_after_the_copy_has_left_goes_too(stored,
     assert contents("runs/laptop") == stored
 
 
+def test_a_new_run_does_not_become_a_copy_since_one_was_cut_off(stored):
+    touch("runs/.laptop.partial/all/config.json", 900)
+    assert writable_run(OWN_RUN) == OWN_RUN
+    assert list(Path("runs").iterdir()) == []
+
+
 def test_two_processes_do_not_copy_at_once(stored):
     lock = "with locked('runs/.laptop.partial/.lock'): print('held', flush=True); input()"
     script = f"from mingpt.storage.files import locked\n{lock}"
