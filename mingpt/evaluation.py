@@ -133,10 +133,7 @@ def _evaluate_text(
     """``evaluate`` on text, whose answers are of any length: an answer is right where each target is the likeliest."""
     _check_n_rows(n_rows)
     dataset.check_fits(model.config.vocab_size, model.config.block_size)
-    prefix = None if prefixes is None else as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
-    if prefix is not None and prefix.n_placeholders > dataset.prefix_padding:
-        expected = f"prefix_padding has {dataset.prefix_padding}"
-        raise ValueError(f"the prefix has {prefix.n_placeholders} positions, {expected}")
+    prefix = _fitting_prefix(model, prefixes, n_rows, dataset.prefix_padding)
     x, y = dataset.batch(range(n_rows))
     predicted = []
     with evaluation_mode(model), autocast(precision, model.device):
@@ -152,6 +149,16 @@ def _evaluate_text(
     by_position = tuple((first_mistake > k).double().mean().item() for k in range(n_most))
     n_distinct = len({row.tobytes() for row in x.numpy()})
     return Score(int((first_mistake == dataset.length).sum()), n_rows, by_position, n_distinct)
+
+
+def _fitting_prefix(model: GPT, prefixes: AnyPrefix, n_rows: int, prefix_padding: int) -> Prefix | None:
+    """What the model answers so many rows with, checked to fit into their padding."""
+    if prefixes is None:
+        return None
+    prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
+    if prefix.n_placeholders > prefix_padding:
+        raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
+    return prefix
 
 
 def _check_n_rows(n_rows: int) -> None:
@@ -202,11 +209,7 @@ def predict(
     n_rows, length = inputs.shape
     sizes = (model.config.vocab_size, model.config.block_size)
     check_fits(int(inputs.max(initial=0)) + 1, prefix_padding + 2 * length - 1, *sizes)
-    prefix = None
-    if prefixes is not None:
-        prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
-        if prefix.n_placeholders > prefix_padding:
-            raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
+    prefix = _fitting_prefix(model, prefixes, n_rows, prefix_padding)
     prompts = [np.zeros((n_rows, prefix_padding), dtype=np.int64), inputs]
     if solutions is not None:
         prompts.append(solutions[:, :-1])

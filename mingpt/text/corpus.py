@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,11 +44,10 @@ def python_documentation() -> str:
             continue  # some are made to be unreadable
         nodes = [each for each in ast.walk(module) if isinstance(each, _DOCUMENTED)]
         texts += [ast.get_docstring(node) or "" for node in nodes]
-    return "\n\n".join(text for text in texts if text.strip()).translate(_UNPRINTABLE)
+    return re.sub(r"[^\n -~]", "", "\n\n".join(text for text in texts if text.strip()))
 
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_UNPRINTABLE = {code: None for code in range(0x110000) if not 32 <= code < 127 and code != 10}
 
 
 class CorpusDataset(torch.utils.data.Dataset):
@@ -93,17 +93,14 @@ class CorpusDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
         """Build the examples of these indices: ``x`` and ``y``, (N, T) of int64 each."""
         starts = [
-            np.random.Philox(key=self.seed % 2**64, counter=[0, 0, 0, int(index)]).random_raw() % self._n_starts
+            np.random.Philox(key=self.seed % 2**64, counter=[0, 0, 0, int(index)]).random_raw()
+            % (len(self._tokens) - self.length)
             for index in indices
         ]
         windows = torch.from_numpy(
             self._tokens[np.asarray(starts)[:, None] + np.arange(self.length + 1)].astype(np.int64)
         )
         return windows[:, :-1], windows[:, 1:]
-
-    @property
-    def _n_starts(self) -> int:
-        return len(self._tokens) - self.length
 
     def check_fits(self, vocab_size: int, block_size: int) -> None:
         """Check that a model of these sizes can read every example; see ``CustomDataset.check_fits``."""

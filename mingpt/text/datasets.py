@@ -101,13 +101,12 @@ class TextDataset(torch.utils.data.Dataset):
                 raise IndexError(f"index {index} is negative; a dataset's examples are numbered from 0 on without end")
             at, examples = start, self.texts(int(index))
             for number, example in enumerate(examples, start=1):
+                is_posed = self.n_demonstrations is None or number == len(examples)
                 for part, end in zip(example, (SEPARATOR, END), strict=True):
                     tokens = self.tokenizer.encode(part + end)
                     sequence[row, at : at + len(tokens)] = tokens[: max(0, sequence.shape[1] - at)]
-                    is_scored[row, at : at + len(tokens)] = end == END
+                    is_scored[row, at : at + len(tokens)] = is_posed and end == END
                     at += len(tokens)
-                if self.n_demonstrations is not None and number < len(examples):
-                    is_scored[row, :at] = False
             if self.n_demonstrations is not None and at > sequence.shape[1]:
                 sizes = f"example {index} has {at - start} tokens, and length = {self.length}"
                 raise ValueError(f"{sizes} has room for one more than that; raise length")
