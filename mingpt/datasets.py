@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mingpt.algebra import AnyTask
 from mingpt.tasks import Interval, Task, Values
 
 SPLIT_VERSION = 2
@@ -41,7 +42,52 @@ IGNORED = -1
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-class CustomDataset(torch.utils.data.Dataset):
+class Examples(torch.utils.data.Dataset):
+    """What the datasets of tasks share: numbered examples without end, built a batch at a time."""
+
+    size: int
+
+    def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
+        """Build the examples of these indices at once: ``x`` and ``y``, (N, T) of int64 each."""
+        raise TypeError(f"{type(self).__name__} must define batch(self, indices)")
+
+    def get_vocab_size(self) -> int:
+        """How many tokens there are."""
+        raise TypeError(f"{type(self).__name__} must define get_vocab_size(self)")
+
+    def get_block_size(self) -> int:
+        """T, how many tokens the model reads."""
+        raise TypeError(f"{type(self).__name__} must define get_block_size(self)")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(self.size))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Example ``index``: ``x`` and ``y``, (T,) of int64 each.
+
+        Raises:
+            IndexError: for a negative index.
+        """
+        x, y = self.batch([index])
+        return x[0], y[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The examples of these indices, built at once; what a DataLoader calls for a batch."""
+        return list(zip(*self.batch(indices), strict=True))
+
+    def check_fits(self, vocab_size: int, block_size: int) -> None:
+        """Check that a model of these sizes can read every example.
+
+        Raises:
+            ValueError: if its vocabulary or its block is too small, with both numbers.
+        """
+        check_fits(self.get_vocab_size(), self.get_block_size(), vocab_size, block_size)
+
+
+class CustomDataset(Examples):
     """Examples of one or several tasks, as token sequences for a GPT.
 
     Example ``i`` poses ``tasks[i % len(tasks)]`` on row ``i`` of that task's stream of rows. It is the sequence
@@ -78,10 +124,8 @@ class CustomDataset(torch.utils.data.Dataset):
             ValueError: for an unknown split, a size out of range, a task that ``num_digits`` is too small for, or one
                 with negative tokens.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, Task) for task in tasks):
-            raise TypeError(f"tasks must be a list of tasks such as [SortAscending()], at least one, got {tasks!r}")
+        check_split(split)
+        check_tasks(tasks, Task, "tasks such as [SortAscending()]")
         self.length = integer("length", length, 1, MAX_LENGTH)
         self.num_digits = integer("num_digits", num_digits, 2, 2**31 - 1)  # drawn from 32 random bits
         self.prefix_padding = integer("prefix_padding", prefix_padding, 0, MAX_LENGTH)
@@ -99,25 +143,6 @@ class CustomDataset(torch.utils.data.Dataset):
                 if low < 0:
                     raise ValueError(f"{task} can {what} {low}, and tokens are not negative")
             self._streams.append(_RowStream(self.seed, split, values, task.has_repeats, self.length))
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self[index] for index in range(self.size))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Example ``index``: ``x`` and ``y``, (T,) of int64 each.
-
-        Raises:
-            IndexError: for a negative index.
-        """
-        x, y = self.batch([index])
-        return x[0], y[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The examples of these indices, built at once; what a DataLoader calls for a batch."""
-        return list(zip(*self.batch(indices), strict=True))
 
     def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
         """Build the examples of these indices at once: ``x`` and ``y``, (N, T) of int64 each.
@@ -171,14 +196,6 @@ class CustomDataset(torch.utils.data.Dataset):
     def with_split(self, split: str) -> CustomDataset:
         """The dataset of another split that is otherwise the same."""
         return type(self)(**self._arguments() | {"split": split, "tasks": self.tasks})
-
-    def check_fits(self, vocab_size: int, block_size: int) -> None:
-        """Check that a model of these sizes can read every example.
-
-        Raises:
-            ValueError: if its vocabulary or its block is too small, with both numbers.
-        """
-        check_fits(self.get_vocab_size(), self.get_block_size(), vocab_size, block_size)
 
     def rows_hash(self) -> str:
         """A checksum of the first 64 examples of each task: it changes when the code of a task does."""
@@ -238,6 +255,18 @@ def _solve(task: Task, inputs: np.ndarray, promised: Interval) -> np.ndarray:
             f"{promised.low} to {promised.high}; make output_values say what solve gives"
         )
     return solutions
+
+
+def check_split(split: str) -> None:
+    """Check the name of a split; a ValueError gives the known ones."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def check_tasks(tasks: Any, family: type[AnyTask], expected: str) -> None:
+    """Check that there are tasks, all of one family; a TypeError says what is expected."""
+    if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(task, family) for task in tasks):
+        raise TypeError(f"tasks must be a list of {expected}, at least one, got {tasks!r}")
 
 
 def check_fits(n_tokens: int, n_positions: int, vocab_size: int, block_size: int) -> None:

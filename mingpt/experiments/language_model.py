@@ -6,17 +6,16 @@ Legend: T tokens, P cache positions.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mingpt.distributed import run_on_main
 from mingpt.evaluation import evaluate
-from mingpt.experiments.pipeline import train_model
+from mingpt.experiments.pipeline import new_model, train_model, write_config
 from mingpt.model import GPT
 from mingpt.storage.checkpoint import read_description
-from mingpt.storage.files import parsing, write_atomic
+from mingpt.storage.files import parsing
 from mingpt.text import (
     CHARACTERS,
     TEXT_PRETRAINING_TASKS,
@@ -72,14 +71,9 @@ def pretrain_language_model(config: CfgNode, run: str | Path) -> tuple[GPT, floa
 
     def build() -> GPT:
         set_seed(config.seed)
-        content = json.dumps(config.to_dict(), indent=1).encode()
-        run_on_main(lambda: write_atomic(path.with_name("config.json"), content))
-        sizes = {"vocab_size": CHARACTERS.vocab_size, "block_size": WINDOW}
-        own = {name: value for name, value in config.model.to_dict().items() if name != "dropout"}
-        dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout)
-        model_config = GPT.get_default_config()
-        model_config.merge_from_dict({"model_type": None} | sizes | own | dropout)
-        return GPT(model_config)
+        model = new_model(config, CHARACTERS.vocab_size, WINDOW)
+        write_config(config, path.parent)
+        return model
 
     return train_model(config, build, data, key | {"init": config.model.to_dict()}, path, "pretraining")
 

@@ -73,12 +73,17 @@ def dataset(config: CfgNode, split: str, tasks: Sequence[Any]) -> TaskDataset:
 def build_model(config: CfgNode, tasks: Sequence[Task] = EVERY_TASK) -> GPT:
     """A fresh model with a token for everything that one of the tasks reads or produces."""
     data = dataset(config, "train", tasks)
+    return new_model(config, data.get_vocab_size(), data.get_block_size())
+
+
+def new_model(config: CfgNode, vocab_size: int, block_size: int) -> GPT:
+    """A fresh model of the run's configuration with so many tokens, which reads so many at a time."""
     model_config = GPT.get_default_config()
     model_config.merge_from_dict(
         {
             "model_type": None,
-            "vocab_size": data.get_vocab_size(),
-            "block_size": data.get_block_size(),
+            "vocab_size": vocab_size,
+            "block_size": block_size,
             **{name: value for name, value in config.model.to_dict().items() if name != "dropout"},
             **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), config.model.dropout),
         }
@@ -125,12 +130,18 @@ def pretrain(
     def build() -> GPT:
         set_seed(config.seed)
         model = build_model(config, [*tasks, *later_tasks])
-        content, file = json.dumps(config.to_dict(), indent=1).encode(), path.with_name("config.json")
-        is_interrupted = (path.parent / "pretraining" / "state.safetensors").exists() and file.exists()
-        run_on_main(lambda: None if is_interrupted else write_atomic(file, content))
+        write_config(config, path.parent)
         return model
 
     return train_model(config, build, data, key, path, "pretraining")
+
+
+def write_config(config: CfgNode, run: Path) -> None:
+    """Make the configuration that of a run's folder, unless its pretraining was cut off and goes on."""
+    file = run / "config.json"
+    is_interrupted = (run / "pretraining" / "state.safetensors").exists() and file.exists()
+    content = json.dumps(config.to_dict(), indent=1).encode()
+    run_on_main(lambda: None if is_interrupted else write_atomic(file, content))
 
 
 def fine_tune(

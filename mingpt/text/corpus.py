@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.datasets import SPLITS, check_fits, integer
+from mingpt.datasets import check_fits, check_split, integer
 from mingpt.text.datasets import TextDataset
 from mingpt.text.tokenizers import CHARACTERS, Tokenizer
 
@@ -73,8 +73,7 @@ class CorpusDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: for an unknown split; for a text that is too short, when it is needed.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        check_split(split)
         self.split, self.length, self.seed = split, integer("length", length, 2), integer("seed", seed)
         self.tokenizer, self.prefix_padding = tokenizer, 0
         self._text = text

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mingpt.datasets import IGNORED, MAX_LENGTH, SPLITS, check_fits, integer
+from mingpt.datasets import IGNORED, MAX_LENGTH, Examples, check_split, check_tasks, integer
 from mingpt.text.tasks import RandomText, TextTask
 from mingpt.text.tokenizers import CHARACTERS, Tokenizer
 
@@ -24,7 +24,7 @@ SEPARATOR, END = ">", "\n"
 """What stands between a text and its answer, and behind the answer."""
 
 
-class TextDataset(torch.utils.data.Dataset):
+class TextDataset(Examples):
     """Examples of one or several text tasks as token sequences for a language model.
 
     Example ``i`` poses ``tasks[i % K]``. It is ``n_demonstrations`` solved examples of that task and one more text,
@@ -62,10 +62,8 @@ class TextDataset(torch.utils.data.Dataset):
             TypeError: if ``tasks`` is not a list of at least one text task, or a number is no integer.
             ValueError: for an unknown split or a number out of range.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if not isinstance(tasks, list | tuple) or not tasks or not all(isinstance(each, TextTask) for each in tasks):
-            raise TypeError(f"tasks must be a list of text tasks such as [Reverse()], at least one, got {tasks!r}")
+        check_split(split)
+        check_tasks(tasks, TextTask, "text tasks such as [Reverse()]")
         self.length = integer("length", length, 2, MAX_LENGTH)
         self.n_demonstrations = n_demonstrations
         if n_demonstrations is not None:
@@ -73,18 +71,6 @@ class TextDataset(torch.utils.data.Dataset):
         self.prefix_padding = integer("prefix_padding", prefix_padding, 0, MAX_LENGTH)
         self.seed, self.size = integer("seed", seed), integer("size", size, 1)
         self.split, self.tasks, self.tokenizer = split, tuple(tasks), tokenizer
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Example ``index``: ``x`` and ``y``, (P + T,) of int64 each."""
-        x, y = self.batch([index])
-        return x[0], y[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The examples of these indices; what a DataLoader calls for a batch."""
-        return list(zip(*self.batch(indices), strict=True))
 
     def batch(self, indices: Sequence[int] | np.ndarray | range) -> tuple[Tensor, Tensor]:
         """Build the examples of these indices: ``x`` and ``y``, (N, P + T) of int64 each.
@@ -143,14 +129,6 @@ class TextDataset(torch.utils.data.Dataset):
         """The dataset with other arguments."""
         own = {name: getattr(self, name) for name in (*_NUMBERS, "split", "tasks", "tokenizer")}
         return type(self)(**own | changes)
-
-    def check_fits(self, vocab_size: int, block_size: int) -> None:
-        """Check that a model of these sizes can read every example.
-
-        Raises:
-            ValueError: if its vocabulary or its block is too small, with both numbers.
-        """
-        check_fits(self.get_vocab_size(), self.get_block_size(), vocab_size, block_size)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the data, with a checksum of its first examples, as JSON values."""
