@@ -1038,7 +1038,7 @@ def test_datasets_of_different_lengths_are_refused():
 
 
 def test_a_list_of_anything_but_custom_datasets_is_refused():
-    with pytest.raises(TypeError, match="CustomDatasets, got a Pairs"):
+    with pytest.raises(TypeError, match="CustomDatasets or TextDatasets, got a Pairs"):
         PrefixTrainer(new_config(), new_model(), [Pairs()], new_prefix()[None].detach())
 
 
