@@ -25,11 +25,13 @@ import mingpt
 from mingpt.datasets import CustomDataset
 from mingpt.evaluation import accuracy_matrix, evaluate
 from mingpt.experiments.pipeline import EVERY_TASK, KINDS, find_task, load_run
+from mingpt.experiments.presets import run_config
 from mingpt.experiments.reproduction import check_results
 from mingpt.huggingface.analysis import Analysis
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import read_cached_json
+from mingpt.storage.checkpoint import weights_hash
 from mingpt.storage.files import parsing, read_json, write_atomic
 from mingpt.storage.weights import load_prefix, load_prefixes
 from mingpt.tasks import Task
@@ -182,16 +184,15 @@ def _own_results(run: Path, model: GPT, data: Mapping[str, Any], about: Mapping[
     Returns:
         n_rows, of how many test rows it is; and tasks, as in results.json, with the n_iters of each prefix.
     """
-    with parsing(run / "config.json", "the settings of a run"):
-        evaluation = {"n_rows": 3200, "precision": "auto"} | about["config"].get("evaluation", {})
-        options = {name: evaluation[name] for name in ("n_rows", "precision")}
+    evaluation, model_hash = run_config(run).evaluation, weights_hash(model)
+    options = {"n_rows": evaluation.n_rows, "precision": evaluation.precision}
     known = [*_given_tasks(data), *(about["results"]["tasks"] if about["results"] else [])]
     found: dict[str, dict[str, Any]] = {}
     for path in (path for folder in KINDS.values() for path in sorted((run / folder).glob("*.safetensors"))):
         task = find_task(path.stem)
         if task is None or str(task) in known:
             continue
-        prefix, description = load_prefix(path, model)
+        prefix, description = load_prefix(path, model, model_hash)
         rows = CustomDataset.from_description(data, split="test", tasks=[task])
         if path.stem not in found:
             found[path.stem] = {"without": {"accuracy": evaluate(model, rows, **options).accuracy}}
