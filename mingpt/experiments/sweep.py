@@ -33,7 +33,6 @@ import torch
 
 from mingpt.adapters import METHODS, Adapter, size_for
 from mingpt.algebra import AnyTask
-from mingpt.datasets import CustomDataset
 from mingpt.evaluation import evaluate
 from mingpt.experiments.pipeline import dataset
 from mingpt.experiments.presets import get_default_config, run_config
@@ -42,7 +41,7 @@ from mingpt.storage.cache import cached_json, read_cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
 from mingpt.storage.files import LockedError, locked, parsing, read_json, write_atomic
 from mingpt.storage.weights import load_adapter, load_model, save_adapter
-from mingpt.tasks import TEST_TASKS, Task
+from mingpt.tasks import TEST_TASKS
 from mingpt.trainer import AdapterTrainer, DivergedError, recipe
 from mingpt.training.batches import TaskDataset
 from mingpt.training.precision import resolve_precision
@@ -138,10 +137,7 @@ class Study:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}{nearest(name, METHODS)}; choose from {', '.join(METHODS)}")
-        parsed = [AnyTask.parse(name) for name in self.tasks]
-        if self.keep and not all(isinstance(task, Task) for task in parsed):
-            raise ValueError("keep = true is for tasks on rows; adapters of text tasks are not kept")
-        tasks = list(map(str, parsed))
+        tasks = [str(AnyTask.parse(name)) for name in self.tasks]
         cells = []
         for run, method, max_iters in itertools.product(self.runs, self.methods, self.max_iters):
             rates = self.learning_rates
@@ -347,8 +343,7 @@ def run_pack(study: Study, cells: Sequence[Cell]) -> None:
 
     for number, cell in enumerate(cells):
         if study.keep:
-            rows = cast(CustomDataset, data[cell])
-            save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, rows, number)
+            save_adapter(study._adapter_path(cell), adapter, cell.method, cell.size, data[cell], number)
         cached_json(study.paths[cell], study.keys[cell], partial(score, number, cell), lock)
     state.unlink(missing_ok=True)
 

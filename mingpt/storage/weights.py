@@ -23,6 +23,7 @@ from mingpt.storage.checkpoint import (
     weights_hash,
 )
 from mingpt.storage.files import parsing
+from mingpt.text import TextDataset
 
 
 def save_model(path: str | Path, model: GPT, **description: Any) -> None:
@@ -101,7 +102,13 @@ def load_prefixes(folder: str | Path, model: GPT) -> dict[str, Prefix]:
 
 
 def save_adapter(
-    path: str | Path, adapter: Adapter, method: str, size: int, data: CustomDataset, number: int = 0, **description: Any
+    path: str | Path,
+    adapter: Adapter,
+    method: str,
+    size: int,
+    data: CustomDataset | TextDataset,
+    number: int = 0,
+    **description: Any,
 ) -> None:
     """Write one adapter of any method, for one model.
 
@@ -119,12 +126,20 @@ def save_adapter(
     save_checkpoint(path, tensors, own | {"model": weights_hash(adapter.model)} | description)
 
 
-def load_adapter(path: str | Path, model: GPT) -> tuple[Adapter, dict[str, Any]]:
+def load_adapter(
+    path: str | Path, model: GPT, data: CustomDataset | TextDataset | None = None
+) -> tuple[Adapter, dict[str, Any]]:
     """Read an adapter, detached from the model and on its device, and its description.
+
+    Args:
+        path: the file.
+        model: that the adapter is for.
+        data: that it was made for, by default what the file describes; text with the tokenizer of a file is given.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, holds no adapter of a method of this package, or is for another model.
+        CheckpointError: if it is damaged, holds no adapter of a method of this package, or is for another model or
+            other data.
     """
     tensors, description = load_checkpoint(path, kind="adapter", model=weights_hash(model))
     with parsing(path, "an adapter for this model"):
@@ -132,7 +147,11 @@ def load_adapter(path: str | Path, model: GPT) -> tuple[Adapter, dict[str, Any]]
         n_numbers = sum(tensor.numel() for tensor in tensors.values())
         if method.count(model.config, size) > n_numbers:
             raise ValueError(f"an adapter of size {size} has more than {n_numbers} numbers")
-        data = CustomDataset.from_description(description["data"])
+        if data is None:
+            data = (TextDataset if "tokenizer" in description["data"] else CustomDataset).from_description(
+                description["data"]
+            )
+        verify(path, {"data": description["data"]}, {"data": data.describe()})
         adapter = cast(Callable[..., Adapter], method)(model, data, size)
     load_weights(adapter, tensors, path)
     adapter.detach()

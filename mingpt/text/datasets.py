@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,25 @@ class TextDataset(Examples):
         own = {name: getattr(self, name) for name in _NUMBERS}
         names = {"split": self.split, "tasks": list(map(str, self.tasks))}
         return names | own | self.tokenizer.describe() | {"rows_hash": rows}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], **changes: Any) -> TextDataset:
+        """Build the dataset that ``describe`` described, with ``changes`` to its arguments.
+
+        Without changes, but for the tokenizer, its first examples are checked.
+
+        Raises:
+            ValueError: if its tokenizer is a file, which must be given as ``tokenizer``, or the examples are not those.
+        """
+        arguments = {name: value for name, value in description.items() if name != "rows_hash"}
+        arguments["tasks"] = [TextTask.parse(name) for name in arguments["tasks"]]
+        if (name := arguments.pop("tokenizer")) != CHARACTERS.describe()["tokenizer"] and "tokenizer" not in changes:
+            raise ValueError(f"its tokenizer is a file with the hash {name}; give it, tokenizer=FileTokenizer(FILE)")
+        dataset = cls(**arguments | changes)
+        if changes.keys() <= {"tokenizer"} and dataset.describe() != dict(description):
+            names = ", ".join(description["tasks"])
+            raise ValueError(f"the texts of {names} are not those described: a task's code or the tokenizer has changed")
+        return dataset
 
     def __repr__(self) -> str:
         return f"TextDataset({self.split!r}, {[*self.tasks]}, {', '.join(f'{k}={getattr(self, k)}' for k in _NUMBERS)})"

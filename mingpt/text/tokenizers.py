@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mingpt.storage.files import CheckpointError, parsing
-
 
 class Tokenizer(Protocol):
     """What a text dataset needs of a tokenizer. Token 0 is padding, which no text contains."""
@@ -65,16 +63,15 @@ class FileTokenizer:
         """Read the file.
 
         Raises:
-            CheckpointError: if it is no such file.
+            ValueError: if it is no such file.
         """
         import tokenizers
 
-        with parsing(file, "a tokenizer of the library tokenizers"):
-            content = Path(file).read_bytes()
-            try:
-                self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            except Exception as error:  # the library raises nothing narrower
-                raise CheckpointError(f"{file} is no tokenizer.json: {error}") from None
+        content = Path(file).read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} is no tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._checksum = hashlib.blake2b(content, digest_size=16).hexdigest()

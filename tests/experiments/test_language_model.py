@@ -10,6 +10,7 @@ import torch
 from mingpt.adapters import METHODS
 from mingpt.evaluation import evaluate
 from mingpt.experiments import Study, get_default_config, pipeline, run_study
+from mingpt.experiments.sweep import read_model
 from mingpt.experiments.language_model import in_context_scores, pretrain_language_model, smallest_caches
 from mingpt.model import GPT
 from mingpt.prefix import as_key_value
@@ -142,11 +143,14 @@ def test_the_smallest_cache_is_the_first_that_is_as_good():
 def test_a_study_of_text_tasks(run, tmp_path, monkeypatch):
     study = Study(
         tmp_path / "study", [str(run)], ["cartridge", "lora-attention"], ["Reverse", "Reverse+Upper"], [0], [0.01], [2],
-        sizes={"cartridge": [3], "lora-attention": [1]}, prefix={"batch_size": 2}, n_rows=10,
+        sizes={"cartridge": [3], "lora-attention": [1]}, prefix={"batch_size": 2}, n_rows=10, keep=True,
     )  # fmt: skip
     table = run_study(study, n_processes=1)
     assert table["n_rows"].eq(10).all()
     assert len(table) == 4
     assert table["loss"].notna().all()
-    with pytest.raises(ValueError, match="keep = true is for tasks on rows"):
-        Study(tmp_path / "kept", [str(run)], ["cartridge"], ["Reverse"], sizes={"cartridge": [3]}, keep=True).cells  # noqa: B018
+    model = read_model(str(run))[0]
+    for cell, loss in zip(study.cells, table["loss"], strict=True):  # what was kept is what was scored
+        rows = study.data(cell).with_split("validation").batch(range(10))
+        with torch.no_grad(), study.adapter(cell).attached() as prefix:
+            assert model(*rows, prefixes=prefix)[1].item() == pytest.approx(loss, abs=1e-6)

@@ -62,7 +62,13 @@ def test_an_index_alone_decides():
         "print(TextDataset('train', [Reverse(), SortWords()], length=160, n_demonstrations=2).describe()['rows_hash'])"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == data.describe()["rows_hash"]
+    described = data.describe()
+    assert other.stdout.strip() == described["rows_hash"]
+    again = TextDataset.from_description(described)
+    assert torch.equal(again.batch([900])[0][0], x[0])
+    assert TextDataset.from_description(described, split="test").split == "test"
+    with pytest.raises(ValueError, match="a task's code or the tokenizer has changed"):
+        TextDataset.from_description(described | {"rows_hash": "0"})
 
 
 def test_the_splits_have_no_text_in_common_whatever_the_task():
@@ -126,7 +132,11 @@ def test_any_file_of_tokenizers_will_do(tmp_path):
         (_, answer), (x, y) = data.texts(index)[0], data[index]
         assert scored(x, y, tokenizer).replace(" ", "").strip() == answer
         assert int(x.max()) < data.get_vocab_size() == tokenizer.vocab_size
-    assert data.describe()["tokenizer"] != TextDataset("train", [Reverse()]).describe()["tokenizer"]
+    described = data.describe()
+    assert described["tokenizer"] != TextDataset("train", [Reverse()]).describe()["tokenizer"]
+    assert TextDataset.from_description(described, tokenizer=tokenizer).describe() == described
+    with pytest.raises(ValueError, match=r"give it, tokenizer=FileTokenizer\(FILE\)"):
+        TextDataset.from_description(described)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json"):
         FileTokenizer(tmp_path / "bad.json")
