@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mingpt.datasets import IGNORED, CustomDataset, check_fits
+from mingpt.decoding.generation import CausalModel
 from mingpt.decoding.logits_processors import Constraint
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix, evaluation_mode
@@ -92,7 +93,11 @@ class Score:
 
 
 def evaluate(
-    model: GPT, dataset: CustomDataset | TextDataset, prefixes: AnyPrefix = None, n_rows: int = N_ROWS, **options: Any
+    model: CausalModel,
+    dataset: CustomDataset | TextDataset,
+    prefixes: AnyPrefix = None,
+    n_rows: int = N_ROWS,
+    **options: Any,
 ) -> Score:
     """Count the rows, of the dataset's first ``n_rows``, whose every output token is right in a greedy answer.
 
@@ -101,7 +106,7 @@ def evaluate(
     forbid, the answers are generated. Text is always told by one pass.
 
     Args:
-        model: a GPT.
+        model: a GPT or another ``CausalModel``.
         dataset: usually of the "test" split; its prefix_padding is where the prefix goes.
         prefixes: one prefix for all rows, or one per row for ``n_rows`` rows.
         n_rows: how many rows.
@@ -123,7 +128,7 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate_text(
-    model: GPT,
+    model: CausalModel,
     dataset: TextDataset,
     prefixes: AnyPrefix,
     n_rows: int,
@@ -151,11 +156,11 @@ def _evaluate_text(
     return Score(int((first_mistake == dataset.length).sum()), n_rows, by_position, n_distinct)
 
 
-def _fitting_prefix(model: GPT, prefixes: AnyPrefix, n_rows: int, prefix_padding: int) -> Prefix | None:
+def _fitting_prefix(model: CausalModel, prefixes: AnyPrefix, n_rows: int, prefix_padding: int) -> Prefix | None:
     """What the model answers so many rows with, checked to fit into their padding."""
     if prefixes is None:
         return None
-    prefix = as_prefix(prefixes, model.config.n_layer, model.config.n_embd, n_rows)
+    prefix = as_prefix(prefixes, model, n_rows)
     if prefix.n_placeholders > prefix_padding:
         raise ValueError(f"the prefix has {prefix.n_placeholders} positions, prefix_padding has {prefix_padding}")
     return prefix
@@ -166,7 +171,7 @@ def _check_n_rows(n_rows: int) -> None:
         raise ValueError(f"n_rows must be at least 1, got {n_rows}")
 
 
-def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _rows(model: CausalModel, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The dataset's first inputs and solutions, (N, L) each, checked to fit the model."""
     _check_n_rows(n_rows)
     dataset.check_fits(model.config.vocab_size, model.config.block_size)
@@ -175,7 +180,7 @@ def _rows(model: GPT, dataset: CustomDataset, n_rows: int) -> tuple[np.ndarray, 
 
 @torch.no_grad()
 def predict(
-    model: GPT,
+    model: CausalModel,
     inputs: np.ndarray,
     prefix_padding: int,
     prefixes: AnyPrefix = None,
@@ -188,7 +193,7 @@ def predict(
     """The model's greedy answers to input rows.
 
     Args:
-        model: a GPT; it is in evaluation mode meanwhile.
+        model: a GPT or another ``CausalModel``; it is in evaluation mode meanwhile.
         inputs: (N, L) input rows.
         prefix_padding: P, how many zeros come before them.
         prefixes: see ``mingpt.prefix.as_prefix``; one per row means one per row of ``inputs``.
@@ -215,6 +220,7 @@ def predict(
         prompts.append(solutions[:, :-1])
     tokens, outputs = torch.from_numpy(np.concatenate(prompts, axis=1)).to(model.device), []
     options = {"logits_processors": tuple(logits_processors), "forbidden_mass_record": forbidden_mass_record}
+    options |= {"stop_token": None}  # every answer has L tokens, whatever ends a text in the model's own vocabulary
     with evaluation_mode(model), autocast(precision, model.device):
         for start in range(0, n_rows, batch_size):
             rows = slice(start, start + batch_size)
@@ -245,7 +251,7 @@ class ConstraintEffect:
 
 
 def constraint_effect(
-    model: GPT,
+    model: CausalModel,
     dataset: CustomDataset,
     constraints: Iterable[Constraint],
     prefixes: AnyPrefix = None,
@@ -255,7 +261,7 @@ def constraint_effect(
     """Answer the same rows freely and under constraints, and measure how much the constraints had to forbid.
 
     Args:
-        model: a GPT.
+        model: a GPT or another ``CausalModel``.
         dataset: see ``evaluate``.
         constraints: of ``mingpt.decoding.constraints``, together.
         prefixes: see ``evaluate``.
@@ -274,7 +280,7 @@ def constraint_effect(
 
 
 def accuracy_matrix(
-    model: GPT,
+    model: CausalModel,
     prefixes: Mapping[str, AnyPrefix],
     datasets: Sequence[CustomDataset],
     n_rows: int = N_ROWS,
@@ -287,7 +293,7 @@ def accuracy_matrix(
     in bfloat16, since answers are generated here.
 
     Args:
-        model: a GPT.
+        model: a GPT or another ``CausalModel``.
         prefixes: by name; None is the model without a prefix.
         datasets: of one task each.
         n_rows: rows for each cell.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mingpt.decoding import generation
 from mingpt.kv_cache import Cache, KeysValues, KVCache, LayerKV, n_filled, n_positions, pieces_of
-from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
+from mingpt.prefix import AXES, Prefix, Record, as_prefix, check_tokens
 from mingpt.utils import CfgNode, nearest
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         """
         super().__init__()
         self.config = config = _complete_config(config)
-        self.block_size = config.block_size
+        self.block_size, self.prefix_widths = config.block_size, dict.fromkeys(AXES, config.n_embd)
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for module in self.modules():
@@ -253,7 +253,7 @@ class GPT(nn.Module):
         """
         check_tokens(idx, self.config.vocab_size)
         batch, n_tokens = idx.shape
-        prefix = None if prefixes is None else as_prefix(prefixes, self.config.n_layer, self.config.n_embd, batch)
+        prefix = None if prefixes is None else as_prefix(prefixes, self, batch)
         n_cached = n_shared if prefix is None else prefix.n_placeholders
         if n_cached >= n_tokens:
             raise ValueError(f"{n_cached} prefix positions leave no content in {n_tokens} tokens")

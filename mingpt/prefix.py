@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from mingpt.decoding.generation import CausalModel
     from mingpt.model import GPT
 
 AXES = {"activation": ("L", "P", "C"), "key_value": ("L", "2", "P", "C"), "prompt": ("P", "C")}
@@ -41,7 +42,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: GPT) -> Iterator[None]:
+def evaluation_mode(model: CausalModel) -> Iterator[None]:
     """Turn dropout off for a while, and restore the model's mode afterwards."""
     was_training = model.training
     model.train(False)
@@ -96,14 +97,18 @@ class Prefix:
         """K, how many prefixes there are."""
         return self.values.shape[0]
 
-    def check(self, n_layer: int, n_embd: int, batch_size: int) -> None:
+    def check(self, model: CausalModel, batch_size: int) -> None:
         """Check that the prefix fits a model and a batch.
 
         Raises:
-            ValueError: naming the sizes or the rows that do not fit.
+            ValueError: naming the kind, the sizes or the rows that do not fit.
         """
-        if self.values.shape[-1] != n_embd:
-            raise ValueError(f"the prefix has {self.values.shape[-1]} channels, the model has {n_embd}")
+        widths, n_layer, n_channels = model.prefix_widths, model.config.n_layer, self.values.shape[-1]
+        if self.kind not in widths:
+            raise ValueError(f"the model takes prefixes of kind {' or '.join(widths)}, got {self.kind}")
+        if n_channels != widths[self.kind]:
+            expected = f"the model has {widths[self.kind]} in a {self.kind} prefix"
+            raise ValueError(f"the prefix has {n_channels} channels, {expected}")
         if self.kind != "prompt" and self.values.shape[1] != n_layer:
             raise ValueError(f"the prefix has {self.values.shape[1]} layers, the model has {n_layer}")
         if self.kind == "key_value" and self.values.shape[2] != 2:
@@ -124,11 +129,12 @@ class Prefix:
         return replace(self, rows=None if self.n_prefixes == 1 else self.prefix_of_row(n_rows)[indices])
 
 
-def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: int) -> Prefix:
+def as_prefix(prefixes: Tensor | Prefix, model: CausalModel, batch_size: int) -> Prefix:
     """Read what a user gives as ``prefixes=``, and check that it fits the model and the batch.
 
     A plain tensor is an activation prefix (L, P, C), one per row (B, L, P, C), a key_value prefix (L, 2, P, C) or a
-    soft prompt (P, C), as its shape says. ``Prefix(kind, values)`` says it in words.
+    soft prompt (P, C), as its shape says. ``Prefix(kind, values)`` says it in words. Which kinds there are, and how
+    many channels C each has, says ``model.prefix_widths``.
 
     Raises:
         TypeError: if it is neither a tensor nor a Prefix.
@@ -139,17 +145,17 @@ def as_prefix(prefixes: Tensor | Prefix, n_layer: int, n_embd: int, batch_size: 
     elif not isinstance(prefixes, Tensor):
         raise TypeError(f"prefixes must be a tensor or a Prefix, got {type(prefixes).__name__}")
     else:
-        is_per_row = prefixes.ndim == 4 and prefixes.shape[:2] == (batch_size, n_layer)
-        is_key_value = prefixes.ndim == 4 and prefixes.shape[:2] == (n_layer, 2)
-        if is_per_row and is_key_value:
+        n_layer = model.config.n_layer
+        has_rows = prefixes.ndim == 4 and "activation" in model.prefix_widths  # or it has layers, keys and values
+        is_key_value = prefixes.shape[:2] == (n_layer, 2)
+        if has_rows and is_key_value and batch_size == n_layer == 2:
             both = f"one per row and also key_value for {batch_size} rows, {n_layer} layers"
             advice = 'say Prefix("activation", p) or Prefix("key_value", p[None])'
             raise ValueError(f"a prefix of shape {tuple(prefixes.shape)} is {both}; {advice}")
-        is_one = prefixes.ndim != 4 or is_key_value
-        prefix = _single(prefixes) if is_one else Prefix("activation", prefixes)
+        prefix = Prefix("activation", prefixes) if has_rows and not is_key_value else _single(prefixes)
         if prefix.n_prefixes not in (1, batch_size):
             raise ValueError(f"{len(prefixes)} prefixes for {batch_size} rows; give one, one per row, or Prefix(rows=)")
-    prefix.check(n_layer, n_embd, batch_size)
+    prefix.check(model, batch_size)
     return prefix
 
 
@@ -171,7 +177,7 @@ def _axes_of(kind: str) -> tuple[str, ...]:
 @torch.no_grad()
 def as_key_value(model: GPT, prefix: Tensor | Prefix) -> Tensor:
     """The keys and values that one prefix of any kind becomes in this model, (L, 2, P, C)."""
-    prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
+    prefix = as_prefix(prefix, model, 1)
     with evaluation_mode(model):
         pairs = [pieces[0] for pieces in model.prefix_cache(prefix)]
     # (1, H, 1, P, D) each to (P, C)

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from mingpt import distributed
 from mingpt.adapters import Adapter, PrefixAdapter
 from mingpt.datasets import IGNORED
-from mingpt.distributed.sharding import distribute_like, full_tensor, fully_shard
+from mingpt.decoding.generation import CausalModel
+from mingpt.distributed.sharding import data_shard, distribute_like, full_tensor, fully_shard
 from mingpt.evaluation import evaluate
 from mingpt.model import GPT
 from mingpt.prefix import Prefix, as_prefix
@@ -185,7 +186,7 @@ class Trainer:
         if config.batch_size < n_processes:
             raise ValueError(f"{n_processes} processes cannot share {config.batch_size} rows; raise batch_size")
         self._hints: dict[str, int] = {}  # padding is the same in every row, and only solutions are scored
-        if isinstance(model, GPT) and isinstance(train_dataset, batches.OwnDataset):
+        if isinstance(model, CausalModel) and isinstance(train_dataset, batches.OwnDataset):
             train_dataset.check_fits(model.config.vocab_size, model.config.block_size)
             self._hints = {"n_shared": train_dataset.prefix_padding, "n_last": train_dataset.length}
         self.config, self.model, self.train_dataset = config, model.to(self.device), train_dataset
@@ -224,7 +225,7 @@ class Trainer:
         """For each iteration from ``iter_num`` on, what this process's batch is made of: indices into the dataset."""
         data = self.train_dataset
         n_examples = None if batches.is_batched(data) else len(cast(batches.MapDataset, data))
-        shard = distributed.rank(), distributed.world_size()
+        shard = data_shard(self.model)
         return batches.index_batches(n_examples, self.config.batch_size, self.iter_num, self._data_seed, shard)
 
     def compute_loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -472,7 +473,7 @@ class AdapterTrainer(Trainer):
 
         Args:
             config: see ``Trainer.get_default_config``; weight decay does not apply to adapters.
-            model: the GPT that the adapter was made for.
+            model: that the adapter was made for.
             train_dataset: one dataset, or a list of one for each of the K adapters.
             adapter: moves to the model's device.
             learning_rates: of each adapter, the configuration's by default.
@@ -640,23 +641,18 @@ class PrefixTrainer(AdapterTrainer):
 
         Args:
             config: see ``Trainer.get_default_config``; weight decay does not apply to prefixes.
-            model: a GPT.
+            model: a GPT or another ``CausalModel``.
             train_dataset: one dataset for one prefix, or a list of K.
-            prefixes: a leaf tensor (L, P, C), or (K, L, P, C) for a list of K datasets; or a Prefix of any kind, whose
-                ``values`` hold K prefixes.
+            prefixes: a leaf tensor, see ``mingpt.prefix.as_prefix``, or (K, L, P, C) for a list of K datasets; or a
+                Prefix of any kind, whose ``values`` hold K prefixes.
 
         Raises:
             TypeError: if the prefix is no tensor.
             ValueError: if the prefix does not fit the model or its dataset, or as for ``Trainer``.
         """
-        n_layer, n_embd = model.config.n_layer, model.config.n_embd
-        if isinstance(prefixes, Prefix):
-            prefix = prefixes
-        elif isinstance(train_dataset, Sequence):
-            prefix = Prefix("activation", prefixes)
-        else:
-            prefix = as_prefix(prefixes, n_layer, n_embd, batch_size=1)
-        prefix.check(n_layer, n_embd, prefix.n_prefixes)
+        is_joint = isinstance(train_dataset, Sequence) and not isinstance(prefixes, Prefix)
+        prefix = Prefix("activation", prefixes) if is_joint else prefixes
+        prefix = as_prefix(prefix, model, prefix.n_prefixes if isinstance(prefix, Prefix) else 1)
         check_config(config)
         self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes
         if not self.prefixes.is_leaf:

@@ -177,8 +177,7 @@ def random_case(
 
 def _layers(model: GPT, prefix: Tensor | Prefix, x: Tensor) -> Iterator[_Layer]:
     """Run rows through the model with one prefix for all, and give each layer's attention."""
-    config = model.config
-    prefix = as_prefix(prefix, config.n_layer, config.n_embd, len(x))
+    prefix = as_prefix(prefix, model, len(x))
     if prefix.n_prefixes != 1:
         raise ValueError(f"the analysis is of one prefix, got {prefix.n_prefixes}; take them one by one")
     kv_cache = model.prefix_cache(prefix)

@@ -5,10 +5,10 @@ Legend: B batch, T tokens of the prompt, P prefix positions, V vocabulary, W bea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,37 @@ from mingpt.prefix import Prefix, Record, as_prefix, check_tokens
 from mingpt.utils import CfgNode
 
 
+@runtime_checkable
 class CausalModel(Protocol):
-    """What the decode loop needs of a model: a ``GPT``, or a ``CausalLM`` around one of transformers.
+    """What prefixes, the decode loop, evaluation and plans need of a model.
 
-    Its config has n_layer, n_embd (the channels of a key_value prefix) and vocab_size. The methods are those of
-    ``GPT``. A ``KVCache`` that a model gives is kept, and the model writes to it; pieces are copied into one first.
+    It is a ``GPT``, or a ``CausalLM`` around a model of transformers. Its config has n_layer and vocab_size. The
+    methods are those of ``GPT``. A ``KVCache`` that a model gives is kept, and the model writes to it; pieces are
+    copied into one first.
     """
 
     config: CfgNode
     block_size: int
     training: bool
     __call__: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def prefix_widths(self) -> Mapping[str, int]:
+        """How many channels a prefix of each kind has that the model takes."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Turn dropout on or off."""
+        ...
+
+    def generate(self, *args: Any, **options: Any) -> Tensor:
+        """Continue prompts, see ``generate`` in this module."""
+        ...
 
     def prefix_cache(self, prefix: Prefix) -> Cache:
         """The KV cache of K prefixes, or of B rows with ``prefix.rows``."""
@@ -199,19 +219,19 @@ class Decoding:
         self, model: CausalModel, idx: Tensor, n_new: int, prefixes: Tensor | Prefix | None, processors: Processors
     ):
         """Check that the prompts can be continued, and make the processors' states."""
-        config = model.config
-        check_tokens(idx, config.vocab_size)
+        vocab_size = model.config.vocab_size
+        check_tokens(idx, vocab_size)
         batch, n_prompt = idx.shape
         if n_new < 0:
             raise ValueError(f"max_new_tokens must not be negative, got {n_new}")
-        self.prefix = None if prefixes is None else as_prefix(prefixes, config.n_layer, config.n_embd, batch)
+        self.prefix = None if prefixes is None else as_prefix(prefixes, model, batch)
         n_prefix = 0 if self.prefix is None else self.prefix.n_placeholders
         if min(n_prompt, model.block_size) <= n_prefix:
             sizes = f"a prompt of {n_prompt} tokens and block_size = {model.block_size}"
             raise ValueError(f"{n_prefix} prefix positions leave nothing to continue in {sizes}")
         self.model, self.origin = model, torch.arange(batch, device=idx.device)
         self.processors = [p if isinstance(p, LogitsProcessor) else FunctionProcessor(p) for p in processors]
-        self.context = Context(idx, n_prompt, n_new, config.vocab_size, n_prefix)
+        self.context = Context(idx, n_prompt, n_new, vocab_size, n_prefix)
         self._n_rows, self._n_read = batch, 0
         self._cache: list[KVCache] | None = None
         self._allowed: dict[int, Tensor] | None = None

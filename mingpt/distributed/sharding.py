@@ -15,11 +15,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
-from mingpt.distributed.process_group import world_size
+from mingpt.distributed.process_group import all_gather, rank, world_size
 from mingpt.utils import match_rules
 
 Rules = Sequence[tuple[str, Placement]]
 """(regular expression, placement) pairs: the first whose expression is found in a parameter's name holds for it."""
+
+FSDP_DIMENSION = ("data",)
+"""The dimension of the mesh that ``fully_shard`` splits a model over, on which each process has rows of its own."""
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,7 +39,7 @@ def distribute_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
-    """Split the parameters of a model in place; it is for prediction from then on.
+    """Split the parameters of a model in place; it is for prediction and for training prefixes from then on.
 
     Args:
         model: with the same weights on every process; those of the mesh's first one are taken.
@@ -64,15 +67,42 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
         module.register_forward_hook(lambda _, __, output: output.full_tensor())
 
 
+def data_shard(model: nn.Module) -> tuple[int, int]:
+    """Which share of a batch this process computes, and of how many: those that ``shard`` gave one model have the same.
+
+    All processes must get here.
+    """
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None or mesh.mesh_dim_names == FSDP_DIMENSION:
+        return rank(), world_size()
+    first = int(mesh.mesh.min())
+    firsts = sorted(set(all_gather(first)))
+    return firsts.index(first), len(firsts)
+
+
 def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> None:
-    """Split every parameter of a GPT over all processes, block by block, for training (FSDP2); once is enough."""
-    if isinstance(next(model.parameters()), DTensor):
+    """Split every parameter of a GPT or a CausalLM over all processes, block by block, for training (FSDP2).
+
+    A model that is split already stays as it is.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return
     from torch.distributed import fsdp
 
-    mesh = init_device_mesh(device_type, (world_size(),))
+    model = getattr(model, "model", model)  # a CausalLM's methods call the model of transformers
+    mesh = init_device_mesh(device_type, (world_size(),), mesh_dim_names=FSDP_DIMENSION)
     for block in blocks:
         fsdp.fully_shard(block, mesh=mesh)
         fsdp.register_fsdp_forward_method(block, "keys_values")
     fsdp.fully_shard(model, mesh=mesh)
     fsdp.register_fsdp_forward_method(model, "forward_cached")
+
+
+def unshard_before_backward(block: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+    """Have a block's parameters full when gradients reach tensors that it has made without returning them.
+
+    FSDP2 does it for what a block returns. Where the block is not split, nothing is done.
+    """
+    for tensor in tensors:
+        if tensor.requires_grad and hasattr(block, "unshard"):
+            tensor.register_hook(lambda _: block.unshard())

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mingpt.decoding import generation
 from mingpt.decoding.logits_processors import LogitsFunction, LogitsProcessor
+from mingpt.distributed.sharding import unshard_before_backward
 from mingpt.huggingface import cache as caches
 from mingpt.kv_cache import Cache, KeysValues
 from mingpt.prefix import Prefix, check_tokens
@@ -75,6 +76,13 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder's layers, in order."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [each for each in self.model.get_decoder().modules() if isinstance(each, GradientCheckpointingLayer)]
 
     def forward(
         self,
@@ -185,6 +193,8 @@ class CausalLM(nn.Module):
         cache = caches.full_cache()
         with self._layers_with(None):
             self.model(inputs_embeds=prefix.values.to(self.model.dtype), **{self._cache: cache}, use_cache=True)
+        for block, pair in zip(self.blocks, caches.layer_pairs(cache), strict=True):
+            unshard_before_backward(block, pair)
         pairs = [torch.stack(pair, dim=1) for pair in caches.layer_pairs(cache)]  # (K, 2, H, P, D) each
         return replace(prefix, kind="key_value", values=torch.stack(pairs, dim=1).transpose(-3, -2).flatten(-2))
 

@@ -49,7 +49,7 @@ class Lab(anywidget.AnyWidget):
         """
         own: dict[str, dict[str, Prefix]] = {}
         for name, each in prefixes.items():
-            prefix = as_prefix(each, model.config.n_layer, model.config.n_embd, 1)
+            prefix = as_prefix(each, model, 1)
             own.setdefault(prefix.kind, {})[name] = prefix
         about = {"run": "a model of this notebook", "command": "", "versions": {}, "config": {}, "results": None}
         nothing = {"about": about, "curves": {"pretraining": [], "prefixes": {}}, "studies": {}}

@@ -66,7 +66,7 @@ def save_prefix(path: str | Path, prefix: Tensor | Prefix, model: GPT, **descrip
         model: that the prefix is for; the hash of its weights is written, so that it is not used with another.
         description: JSON values to keep with it, such as its task, its cache_key and metrics.
     """
-    prefix = as_prefix(prefix, model.config.n_layer, model.config.n_embd, 1)
+    prefix = as_prefix(prefix, model, 1)
     own = {"kind": "prefix", "prefix": {"kind": prefix.kind, "n_placeholders": prefix.n_placeholders}}
     save_checkpoint(path, {"values": prefix.values}, own | {"model": weights_hash(model)} | description)
 
@@ -87,7 +87,7 @@ def load_prefix(path: str | Path, model: GPT, model_hash: str | None = None) -> 
     with parsing(path, "a prefix for this model"):
         own = description["prefix"]
         prefix = Prefix(own["kind"], tensors["values"].to(model.device), n_placeholders=own["n_placeholders"])
-        prefix.check(model.config.n_layer, model.config.n_embd, prefix.n_prefixes)
+        prefix.check(model, prefix.n_prefixes)
         if own["n_placeholders"] > model.config.block_size:
             raise ValueError(f"it stands for {own['n_placeholders']} tokens, the model reads {model.config.block_size}")
     check_finite(tensors, path)

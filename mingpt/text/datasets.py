@@ -154,7 +154,7 @@ class TextDataset(Examples):
         dataset = cls(**arguments | changes)
         if changes.keys() <= {"tokenizer"} and dataset.describe() != dict(description):
             names = ", ".join(description["tasks"])
-            raise ValueError(f"the texts of {names} are not those described: a task's code or the tokenizer has changed")
+            raise ValueError(f"{names}: not the texts described; a task's code or the tokenizer has changed")
         return dataset
 
     def __repr__(self) -> str:

@@ -142,7 +142,7 @@ def test_the_smallest_cache_is_the_first_that_is_as_good():
 
 def test_a_study_of_text_tasks(run, tmp_path, monkeypatch):
     study = Study(
-        tmp_path / "study", [str(run)], ["cartridge", "lora-attention"], ["Reverse", "Reverse+Upper"], [0], [0.01], [2],
+        tmp_path / "study", [str(run)], ["cartridge", "lora-attention"], ["Reverse", "Reverse+Upper"], [0], [0.3], [2],
         sizes={"cartridge": [3], "lora-attention": [1]}, prefix={"batch_size": 2}, n_rows=10, keep=True,
     )  # fmt: skip
     table = run_study(study, n_processes=1)
