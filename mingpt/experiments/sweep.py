@@ -73,7 +73,8 @@ class Study:
         methods: see ``mingpt.adapters.METHODS``.
         tasks: their names.
         seeds: at least five for a claim.
-        learning_rates: for every method, or a list for each.
+        learning_rates: for every method, or a list for each; or the name of a study beside this one, whose results give
+            each method, size and task the rate that was best there.
         max_iters: iterations; the rate decays within them.
         sizes: ranks or numbers of positions, by method; one that is not named is as large as ``n_parameters`` allows.
         n_parameters: trainable parameters an adapter may have, those of 10 activations a layer by default.
@@ -92,7 +93,7 @@ class Study:
     methods: Sequence[str] = ("key_value",)
     tasks: Sequence[str] = tuple(map(str, TEST_TASKS))
     seeds: Sequence[int] = (0,)
-    learning_rates: Sequence[float] | Mapping[str, Sequence[float]] = (0.1,)
+    learning_rates: Sequence[float] | Mapping[str, Sequence[float]] | str = (0.1,)
     max_iters: Sequence[int] = (400,)
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     n_parameters: int | None = None
@@ -140,17 +141,34 @@ class Study:
         tasks = [str(AnyTask.parse(name)) for name in self.tasks]
         cells = []
         for run, method, max_iters in itertools.product(self.runs, self.methods, self.max_iters):
-            rates = self.learning_rates
-            if isinstance(rates, Mapping):
-                if method not in rates:
-                    raise ValueError(f"learning_rates has none for {method!r}, only for {', '.join(rates)}")
-                rates = rates[method]
-            for size in self.sizes.get(method) or [self._size(run, method)]:
-                grid = itertools.product(tasks, self.seeds, rates)
+            for size, task in itertools.product(self.sizes.get(method) or [self._size(run, method)], tasks):
+                grid = itertools.product([task], self.seeds, self._rates(method, size, task))
                 cells += [Cell(run, method, size, max_iters, *each) for each in grid]
         if not cells:
             raise ValueError("the grid has no cells; every axis needs a value")
         return list(dict.fromkeys(cells))
+
+    def _rates(self, method: str, size: int, task: str) -> Sequence[float]:
+        """The learning rates of a method at a size on a task."""
+        rates, name = self.learning_rates, method
+        if isinstance(rates, str):
+            rates, name = self._rates_there, f"{method} of size {size} on {task}"
+        if not isinstance(rates, Mapping):
+            return rates
+        if name not in rates:
+            raise ValueError(f"learning_rates has none for {name!r}, only for {', '.join(rates)}")
+        return rates[name]
+
+    @cached_property
+    def _rates_there(self) -> dict[str, list[float]]:
+        """What the study that ``learning_rates`` names has found best."""
+        import pandas as pd
+
+        file = self.folder.with_name(str(self.learning_rates)) / "results.csv"
+        with parsing(file, "the results of a study"):
+            best = best_rates(pd.read_csv(file), ["method", "size", "task"], self.choose_by)
+        rows = best.itertuples(index=False)
+        return {f"{each.method} of size {each.size} on {each.task}": [each.learning_rate] for each in rows}
 
     def _size(self, run: str, method: str) -> int:
         config, n_placeholders = read_model(run)[0].config, self.config(run, 0).data.prefix_size
@@ -451,7 +469,9 @@ def search_rates(
     Returns:
         The rate by method; where ``choose_by`` is equal, the other of accuracy and loss decides.
     """
-    rates = {name: sorted(cast(Sequence[float], study.learning_rates)) for name in study.methods}
+    if isinstance(study.learning_rates, Mapping | str):
+        raise ValueError("a search needs learning_rates that are one list for every method, such as [0.03, 0.1, 0.3]")
+    rates = {name: sorted(study.learning_rates) for name in study.methods}
     while True:
         tried = replace(study, folder=study.folder / "search", learning_rates=rates)
         compute(tried, n_processes, slurm)

@@ -56,6 +56,21 @@ def test_submitit_gives_the_same_table(run, tmp_path):
     assert (here.folder / "results.csv").read_bytes() == (job.folder / "results.csv").read_bytes()
 
 
+def test_rates_can_be_those_that_another_study_has_found_best(run, tmp_path):
+    there = new_study(tmp_path / "there", run)
+    run_packs(there)
+    there.write_tables()
+    mean = there.results().groupby(["method", "task", "learning_rate"])["loss"].mean()
+    best = {key: mean[key].idxmin() for key in mean.index.droplevel(2)}
+    assert set(best.values()) == {0.1, 0.2}
+    here = new_study(tmp_path / "here", run, learning_rates="there", seeds=[2], choose_by="loss")
+    assert {(cell.method, cell.task): cell.learning_rate for cell in here.cells} == best
+    with pytest.raises(ValueError, match="learning_rates has none for 'key_value of size 3 on Add1'"):
+        replace(here, sizes={"key_value": [3]}).keys  # noqa: B018
+    with pytest.raises(ValueError, match="a search needs learning_rates that are one list"):
+        sweep.search_rates(here)
+
+
 @pytest.mark.parametrize("n_written", [0, 1, 5])
 def test_a_pack_that_was_cut_off_is_not_trained_again(run, tmp_path, monkeypatch, n_written):
     """Its last state is there until all its results are."""
