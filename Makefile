@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup reproduce test torture check notebooks docs bench clean
@@ -12,8 +13,8 @@ setup: $(VENV)/.installed  ## the package and its command, in .venv
 reproduce: $(VENV)/.installed  ## the whole experiment, into runs/laptop
 	$(BIN)/mingpt reproduce
 
-test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## all tests, the files shared out to the cores
+	$(PYTEST)
 
 torture: $(VENV)/.installed-dev  ## every fault, signal and hostile file of docs/promises.md, in up to an hour; needs a C compiler
 	TORTURE=all $(BIN)/python -m pytest tests/torture
@@ -22,7 +23,7 @@ check: $(VENV)/.installed-dev  ## what CI checks: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 notebooks: $(VENV)/.installed-dev  ## run every notebook, PRESET=smoke for a quick look
 	$(BIN)/python notebooks/run.py
