@@ -1,7 +1,7 @@
 """Prefixes that train in one batch against the same ones one after the other: 16 tasks x 5 seeds x 4 rates.
 
-All are key_value prefixes of 10 positions for the stored model, in float32 by default. What each comes to is
-compared by its loss on validation rows.
+All are key_value prefixes of 10 positions for the stored model, with its schedule of the learning rate, in float32 by
+default. What each comes to is compared by its loss on validation rows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16], help="of each prefix in an iteration")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 16], help="of each prefix in an iteration")
     parser.add_argument("--packs", type=int, nargs="+", default=[320, 64], help="prefixes in one batch")
     options = parser.parse_args()
     model, config = load_model(f"{RUN}/model.safetensors")[0], run_config(RUN)
@@ -66,7 +66,8 @@ def main() -> None:
         f"{len(grid)} prefixes, {options.iters} iterations, {torch.get_num_threads()} threads; {options.rounds} rounds"
     )
     for n_rows in options.rows:
-        settings = {"max_iters": options.iters, "batch_size": n_rows, "precision": options.precision}
+        settings = {name: getattr(config.prefix, name) for name in ("lr_schedule", "warmup_iters", "decay_fraction")}
+        settings |= {"max_iters": options.iters, "batch_size": n_rows, "precision": options.precision}
         seconds: dict[int, list[float]] = {}
         losses: dict[int, list[float]] = {}
         for _, size in itertools.product(range(options.rounds), [*options.packs, 1]):

@@ -178,7 +178,7 @@ class Trainer:
 
         Raises:
             ValueError: for a mistake in the configuration (see ``check_config``), fewer rows in a batch than
-                processes, or a CustomDataset that does not fit a GPT's vocabulary or block size.
+                processes, or a CustomDataset that does not fit a ``CausalModel``'s vocabulary or block size.
         """
         check_config(config)
         self.device = distributed.resolve_device(config.device)
@@ -650,8 +650,9 @@ class PrefixTrainer(AdapterTrainer):
             TypeError: if the prefix is no tensor.
             ValueError: if the prefix does not fit the model or its dataset, or as for ``Trainer``.
         """
-        is_joint = isinstance(train_dataset, Sequence) and not isinstance(prefixes, Prefix)
-        prefix = Prefix("activation", prefixes) if is_joint else prefixes
+        prefix = prefixes
+        if isinstance(train_dataset, Sequence) and not isinstance(prefix, Prefix):
+            prefix = Prefix("activation", prefix)
         prefix = as_prefix(prefix, model, prefix.n_prefixes if isinstance(prefix, Prefix) else 1)
         check_config(config)
         self.prefixes = prefixes.values if isinstance(prefixes, Prefix) else prefixes

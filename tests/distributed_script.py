@@ -8,6 +8,7 @@ outcome goes to. Under torchrun, the program is one process of one job.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -28,9 +29,13 @@ from resume_script import validation_score
 from mingpt import distributed, tasks
 from mingpt import trainer as trainer_module
 from mingpt.datasets import CustomDataset
+from mingpt.distributed.sharding import data_shard, shard
+from mingpt.evaluation import evaluate as evaluate_model
 from mingpt.experiments import multistep, presets, reproduction
 from mingpt.experiments.predictor import Predictor
 from mingpt.model import GPT
+from mingpt.prefix import Prefix
+from mingpt.storage.checkpoint import weights_hash
 from mingpt.trainer import PrefixTrainer, Trainer
 from mingpt.utils import set_seed
 
@@ -237,6 +242,74 @@ def train(folder: Path, kind: str, n_iters: int, end: int | None = None, **chang
     return {"losses": losses}
 
 
+def train_on_causal_lms(folder: Path, kinds: dict[str, str], shape: list[int] | None = None) -> dict:
+    """Train a prefix for a Llama or a GPT-2 or both, split by FSDP2 and by rules over a mesh, and predict with it.
+
+    Args:
+        folder: for checkpoints.
+        kinds: of prefixes, by the model's name.
+        shape: of the mesh; without it the models are whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    from mingpt.huggingface import CausalLM
+
+    data = CustomDataset("train", [tasks.Add1()], length=4, num_digits=6, prefix_padding=3)
+    sizes = {"vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 16, "bos_token_id": None, "eos_token_id": None}
+    llama = LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=48)
+    makers = {"llama": lambda: LlamaForCausalLM(llama), "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes))}
+    rules = {
+        "llama": [("embed_tokens|lm_head|(q|k|v|gate|up)_proj", Shard(0)), ("(o|down)_proj", Shard(1))],
+        "gpt2": [(r"wte|lm_head|c_proj\.weight|c_fc\.bias", Shard(0)), (r"c_(attn|fc)\.weight", Shard(1))],
+    }
+    options = {"batch_size": 12, "learning_rate": 0.01, "grad_norm_clip": 1e9, "lr_schedule": "linear"}
+    options |= {"precision": "float32", "progress": False, "max_iters": 2, "validate_every": 2, "validation_rows": 12}
+    distributed.init_process_group()
+    found = {}
+    for (name, kind), split in itertools.product(kinds.items(), ("fsdp", "rules") if shape else ("whole",)):
+        lm = CausalLM(makers[name]()).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in lm.requires_grad_(False).parameters():
+            parameter.normal_(std=0.3, generator=generator)
+        if kind == "key_value":
+            lm.model.activation_checkpointing_enable()
+        values = torch.randn(1, *((2, 2, 3, 16) if kind == "key_value" else (3, 32)), generator=generator)
+        prefix, weights = Prefix(kind, values), weights_hash(lm)
+
+        def predict(rows, _=None, lm=lm, prefix=prefix):
+            new = lm.generate(rows, 2, lm.as_key_value(prefix))
+            return torch.cat([lm(rows, prefixes=prefix)[0].flatten(1), new], dim=1)
+
+        config = Trainer.get_default_config()
+        config.merge_from_dict(options | {"device": "cpu"})
+        if split == "fsdp":
+            config.parallel = "fsdp"
+        elif split == "rules":
+            mesh = init_device_mesh("cpu", tuple(shape), mesh_dim_names=("data", "model"))
+            shard(lm, mesh["model"], rules[name])
+            predictor = Predictor(torch.stack, predict, model=lm, mesh=mesh, sharding_rules=rules[name])
+        set_seed(4)
+        trainer = PrefixTrainer(config, lm, data, prefix)
+        for path in (folder / f"{name} {split}", None, folder / f"{name} {split}"):  # last, back to what the first left
+            config.checkpoint_path = path
+            trainer.run()
+        numbers = {"values": values, "gradient": trainer.adapter.values.grad}
+        rows = data.batch(range(12))[0]
+        is_shared = split == "rules"  # else all processes predict the same
+        numbers["predictions"] = torch.tensor(predictor.predict(list(rows), 4)) if is_shared else predict(rows)
+        numbers["score"] = torch.tensor(evaluate_model(lm, data.with_split("test"), prefix, 12).by_position)
+        found[f"{name} {split}"] = {
+            "numbers": {what: each.tolist() for what, each in numbers.items()},
+            "is_unchanged": weights_hash(lm) == weights,
+            "n_parameters": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in lm.parameters()),
+            "data_shard": data_shard(lm),
+        }
+    return found
+
+
 def evaluate(folder: Path) -> dict:
     """The scores of a run's model and prefixes in another folder, which are shared out."""
     config = presets.get_default_config("smoke")
@@ -296,6 +369,7 @@ JOBS = {
             predict_and_die,
             three_steps,
             train,
+            train_on_causal_lms,
             evaluate,
             fail,
             catch_errors,

@@ -76,12 +76,13 @@ class FakeModel:
     def __init__(self, task, wrong=(), tasks=(), error=None, length=L, padding=P):
         self.task, self.wrong, self.tasks, self.error = task, wrong, tasks, error
         self.length, self.padding, self.training, self.calls = length, padding, True, []
+        self.prefix_widths = {"activation": 4}
 
     def train(self, mode=True):
         self.training = mode
         return self
 
-    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=(), forbidden_mass_record=None):
+    def generate(self, tokens, max_new_tokens, prefixes=None, logits_processors=(), forbidden_mass_record=None, **_):
         assert forbidden_mass_record is None
         assert not self.training
         assert not torch.is_grad_enabled()

@@ -300,13 +300,13 @@ def test_recording_changes_no_logits():
     ],
 )
 def test_the_shape_says_the_kind(shape, kind, values_shape):
-    values = torch.randn(shape)
-    prefix = as_prefix(values, L, C, B)
+    model, values = random_model(), torch.randn(shape)
+    prefix = as_prefix(values, model, B)
     assert (prefix.kind, tuple(prefix.values.shape), prefix.rows) == (kind, values_shape, None)
     assert prefix.n_positions == P
     assert prefix.n_prefixes == values_shape[0]
     assert torch.equal(prefix.values.reshape(-1), values.reshape(-1))
-    assert as_prefix(prefix, L, C, B) is prefix
+    assert as_prefix(prefix, model, B) is prefix
 
 
 def test_a_shape_of_two_kinds_is_refused_until_it_is_named():
@@ -317,10 +317,10 @@ def test_a_shape_of_two_kinds_is_refused_until_it_is_named():
     as_key_value, as_activation = Prefix("key_value", values[None]), Prefix("activation", values)
     assert_close(model(idx, prefixes=as_key_value)[0][:, P:], reference_forward(model, idx, values, "key_value")[:, P:])
     assert_close(model(idx, prefixes=as_activation)[0][:, P:], reference_forward(model, idx, values)[:, P:])
-    assert as_prefix(values, L, C, batch_size=3).kind == "key_value"  # not ambiguous for three rows
+    assert as_prefix(values, model, batch_size=3).kind == "key_value"  # not ambiguous for three rows
     three_layers = torch.randn(3, 2, P, C)
-    assert as_prefix(three_layers, n_layer=2, n_embd=C, batch_size=3).kind == "activation"
-    assert as_prefix(three_layers, n_layer=3, n_embd=C, batch_size=3).kind == "key_value"
+    assert as_prefix(three_layers, model, batch_size=3).kind == "activation"
+    assert as_prefix(three_layers, random_model(n_layer=3), batch_size=3).kind == "key_value"
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_the_prefixes_of_some_rows(kind):
     explicit = replace(prefix, rows=torch.tensor([2, 2, 1, 0, 0, 1]))
     assert explicit.for_rows(indices, 6).rows.tolist() == [1, 2, 1]
     one = Prefix(kind, values[:1], torch.zeros(6, dtype=torch.int64))
-    one.for_rows(slice(0, 2), 6).check(L, C, 2)
+    one.for_rows(slice(0, 2), 6).check(random_model(), 2)
 
 
 def test_prefixes_are_compared_by_identity():

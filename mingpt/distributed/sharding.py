@@ -7,7 +7,8 @@ not know. Such a module is one that computes with its own parameters in ``forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     rule_of = match_rules((pattern for pattern, _ in rules), names, "parameter")
 
-    def to_mesh(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
+    def forward(whole_forward: Callable[..., DTensor], x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return whole_forward(DTensor.from_local(x, mesh, [Replicate()], run_check=False), *others).full_tensor()
 
     for owner, module in model.named_modules():
         own = dict(module.named_parameters(prefix=owner, recurse=False))
@@ -63,8 +64,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, rules: Rules) -> None:
             placement = rules[rule_of[name]][1] if name in rule_of else Replicate()
             split = distribute_tensor(parameter.detach(), mesh, [placement])
             module.register_parameter(name.rpartition(".")[2], nn.Parameter(split, requires_grad=False))
-        module.register_forward_pre_hook(to_mesh)
-        module.register_forward_hook(lambda _, __, output: output.full_tensor())
+        module.forward = partial(forward, module.forward)  # not by hooks: others' hooks see ordinary tensors
 
 
 def data_shard(model: nn.Module) -> tuple[int, int]:
@@ -91,11 +91,11 @@ def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str)
 
     model = getattr(model, "model", model)  # a CausalLM's methods call the model of transformers
     mesh = init_device_mesh(device_type, (world_size(),), mesh_dim_names=FSDP_DIMENSION)
-    for block in blocks:
-        fsdp.fully_shard(block, mesh=mesh)
-        fsdp.register_fsdp_forward_method(block, "keys_values")
-    fsdp.fully_shard(model, mesh=mesh)
-    fsdp.register_fsdp_forward_method(model, "forward_cached")
+    for module in (*blocks, model):
+        fsdp.fully_shard(module, mesh=mesh)
+        for name in ("keys_values", "forward_cached"):  # a GPT's, called in the place of forward
+            if hasattr(module, name):
+                fsdp.register_fsdp_forward_method(module, name)
 
 
 def unshard_before_backward(block: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
@@ -103,6 +103,7 @@ def unshard_before_backward(block: nn.Module, tensors: Iterable[torch.Tensor]) -
 
     FSDP2 does it for what a block returns. Where the block is not split, nothing is done.
     """
+    unshard: Any = getattr(block, "unshard", None)
     for tensor in tensors:
-        if tensor.requires_grad and hasattr(block, "unshard"):
-            tensor.register_hook(lambda _: block.unshard())
+        if unshard and tensor.requires_grad:
+            tensor.register_hook(lambda _: unshard())

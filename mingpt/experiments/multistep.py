@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mingpt import distributed
 from mingpt.decoding.automata import DFA
 from mingpt.decoding.constraints import MultisetConstraint, RegularConstraint
+from mingpt.decoding.generation import CausalModel
 from mingpt.decoding.logits_processors import Constraint, LogitsProcessor
 from mingpt.evaluation import Score
 from mingpt.experiments.predictor import Predictor, SampleSeeds
-from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum, weights_hash
@@ -52,7 +52,8 @@ class Step:
         metric_fn: ``metric_fn(outputs, examples)`` gives numbers by name, of the step's N outputs. It keeps no state.
         max_new_tokens: how many tokens to generate.
         output_fn: makes the output of one example of its generated tokens, a list of integers; by default they are it.
-        options: of ``mingpt.decoding.generation.generate``, such as do_sample, temperature or stop_token.
+        options: of ``mingpt.decoding.generation.generate``, such as do_sample, temperature or stop_token. Without
+            stop_token no token ends a row, whatever a model's generation config says.
     """
 
     name: str
@@ -70,11 +71,11 @@ class Plan:
     """A model and the steps that it is led through.
 
     Attributes:
-        model: a GPT, in evaluation mode.
+        model: a GPT or another ``CausalModel``, in evaluation mode.
         steps: in an order in which none comes before one that it depends on.
     """
 
-    def __init__(self, model: GPT, steps: Sequence[Step]):
+    def __init__(self, model: CausalModel, steps: Sequence[Step]):
         """Check the steps and put them in order.
 
         Raises:
@@ -128,7 +129,7 @@ def predict(
         ValueError: if prompts are not one row of tokens for each example.
     """
     outputs: Outputs = {}
-    model_hash = None if folder is None else weights_hash(plan.model)
+    model_hash = None if folder is None else weights_hash(cast(nn.Module, plan.model))
     for step in plan.steps:
         earlier = {name: outputs[name] for name in step.depends_on}
         prompts = distributed.run_on_main(lambda step=step, earlier=earlier: _prompts(step, examples, earlier))
@@ -183,18 +184,18 @@ def _prompts(step: Step, examples: Sequence[Any], earlier: Outputs) -> list[np.n
     return list(np.array(prompts, dtype=np.int64))
 
 
-def _predictor(model: GPT, step: Step, seed: int, precision: str) -> Predictor:
+def _predictor(model: CausalModel, step: Step, seed: int, precision: str) -> Predictor:
     own = {"prefixes": step.prefix, "logits_processors": step.logits_processors}
+    options = {"stop_token": None, **step.options}
 
     def generate(prompts: Tensor, sample_seeds: SampleSeeds) -> list[Any]:
         seeds = {"seed": sample_seeds.seed, "row_numbers": sample_seeds.indices}
         with autocast(precision, model.device):
-            tokens = model.generate(prompts, step.max_new_tokens, **own, **seeds, **step.options)
+            tokens = model.generate(prompts, step.max_new_tokens, **own, **seeds, **options)
         return [(step.output_fn or list)(row) for row in tokens[:, prompts.shape[1] :].tolist()]
 
-    return Predictor(
-        lambda rows: torch.from_numpy(np.stack(rows)), generate, model=model, seed=derived_seed(seed, step.name)
-    )
+    module, own_seed = cast(nn.Module, model), derived_seed(seed, step.name)
+    return Predictor(lambda rows: torch.from_numpy(np.stack(rows)), generate, model=module, seed=own_seed)
 
 
 # -------------------------------------------------------------------------------------------- compositions as plans
@@ -229,7 +230,7 @@ def row_step(
 
 def plan_from_composition(
     task: Task,
-    model: GPT,
+    model: CausalModel,
     prefixes: Mapping[str, Tensor | Prefix | None],
     length: int = 10,
     num_digits: int = 10,
@@ -243,7 +244,7 @@ def plan_from_composition(
 
     Args:
         task: ``SortAscending() + Add1()`` makes the steps "1-SortAscending" and "2-Add1".
-        model: a GPT.
+        model: a GPT or another ``CausalModel``.
         prefixes: by task name.
         length, num_digits, prefix_padding: as in ``mingpt.datasets.CustomDataset``.
         is_constrained: force each step's output into what is known of it whatever the input, a language that anyone

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mingpt.kv_cache import KeysValues, KVCache
@@ -73,9 +74,15 @@ class RowsCache(KVCache):
     The model appends to it.
     """
 
-    def __init__(self, cache: Any):
-        """Take a transformers cache."""
-        self.cache = cache
+    def __init__(self, cache: Any, mask: Tensor | None = None):
+        """Take a transformers cache.
+
+        Args:
+            cache: of S positions.
+            mask: (B, S + T) of bool, 0 at padding, with the T tokens of the prompt, which are read at once; without
+                it there is none.
+        """
+        self.cache, self.mask = cache, mask
 
     @property
     def n_filled(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -87,9 +94,16 @@ class RowsCache(KVCache):
         if self.n_filled and len(self.cache.layers[0].keys) != n_rows:
             _share(self.cache, n_rows, None)
 
+    def mask_and_positions(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """For the next T tokens: the mask (B, S + T), and how many positions before each are no padding, (B, T)."""
+        assert self.mask is not None
+        mask = F.pad(self.mask, (0, self.n_filled + n_tokens - self.mask.shape[1]), value=True)
+        return mask, (mask.cumsum(dim=1) - 1)[:, -n_tokens:]
+
     def select(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``, (B',) of int64."""
         self.cache.reorder_cache(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def rows_cache(config: Any) -> RowsCache:

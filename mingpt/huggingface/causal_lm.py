@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -25,24 +25,39 @@ from mingpt.decoding.logits_processors import LogitsFunction, LogitsProcessor
 from mingpt.distributed.sharding import unshard_before_backward
 from mingpt.huggingface import cache as caches
 from mingpt.kv_cache import Cache, KeysValues
-from mingpt.prefix import Prefix, check_tokens
+from mingpt.prefix import Prefix, as_prefix, check_tokens
 from mingpt.utils import CfgNode
 
-LOOP_OPTIONS = ("do_sample", "temperature", "top_k", "seed", "row_numbers", "eos_token_id", "pad_token_id")
+LOOP_ONLY = ("seed", "row_numbers", "stop_token")
+"""What ``generate`` does by our decode loop, as transformers does not know it."""
+
+LOOP_OPTIONS = (*LOOP_ONLY, "do_sample", "temperature", "top_k", "eos_token_id", "pad_token_id")
 """What ``generate`` takes beside constraints: our decode loop's options, and transformers' end-of-text tokens."""
 
 
-class CausalLM(nn.Module):
-    """A model of transformers, called as our GPT is.
+@dataclass(frozen=True, eq=False)
+class PaddedPrefix(Prefix):
+    """What the rows of a batch begin with: prefixes, of no positions where there are none, and then padding.
 
-    ``PrefixTrainer`` trains prefixes for it, and ``evaluate`` scores them. Both check a prefix against ``n_embd``, so
-    prompts of a model with H * D other than C are trained by ``AdapterTrainer`` with a ``PrefixAdapter``.
+    Attributes:
+        mask: (B, T - P) of bool, which of the prompt's tokens after the placeholders are no padding.
+    """
+
+    mask: Tensor = field(kw_only=True)
+
+    def for_rows(self, indices: Tensor | slice, n_rows: int) -> Prefix:
+        return replace(cast(PaddedPrefix, super().for_rows(indices, n_rows)), mask=self.mask[indices])
+
+
+class CausalLM(nn.Module):
+    """A model of transformers, called as our GPT is: ``PrefixTrainer``, ``evaluate`` and plans of steps take it.
 
     Attributes:
         model: the ``AutoModelForCausalLM``, on which nothing is changed.
         config: n_layer; n_head; n_kv_head, H; head_size, D; n_embd, H * D, the channels of a key_value prefix;
             hidden_size, C, those of a prompt; vocab_size; block_size; architecture, transformers' ``model_type``.
         block_size: the most tokens that it reads, placeholders included.
+        prefix_widths: the channels of a prefix of each kind: H * D of a key_value prefix, C of a prompt.
     """
 
     def __init__(self, model: Any):
@@ -71,6 +86,7 @@ class CausalLM(nn.Module):
             n_embd=n_kv_head * head_size, hidden_size=text.hidden_size, block_size=self.block_size,
             vocab_size=model.get_input_embeddings().num_embeddings, architecture=text.model_type,
         ).close()  # fmt: skip
+        self.prefix_widths = {"key_value": self.config.n_embd, "prompt": self.config.hidden_size}
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +118,8 @@ class CausalLM(nn.Module):
             idx: (B, T) of int64; with a prefix the first P are placeholders that are not looked at, and the content's
                 positions begin after them, as in PEFT.
             targets: (B, T) the tokens to predict, -1 where none is scored.
-            prefixes: a key_value prefix (L, 2, P, H * D), a soft prompt (P, C), or a ``Prefix`` of such a kind.
+            prefixes: a key_value prefix (L, 2, P, H * D), a soft prompt (P, C), or a ``Prefix`` of such a kind; see
+                ``mingpt.prefix.as_prefix``.
             attention_mask: (B, T), 0 at padding, 1 elsewhere; what it has at placeholders does not matter.
             n_last: how many last tokens get logits, all by default.
             n_shared: as in ``GPT.forward``, where it saves work; here it changes nothing.
@@ -144,33 +161,41 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Continue prompts, greedily by default, by transformers' own ``generate``, or by our decode loop.
 
-        It is our loop, ``mingpt.decoding.generate``, where a processor is one of ours, such as a constraint, or the
-        forbidden mass is recorded. Without constraints both choose the same greedy tokens.
-        ``mingpt.decoding.beam_search`` takes this model too; a prompt goes through ``as_key_value`` before.
+        It is our loop, ``mingpt.decoding.generate``, where a processor is one of ours, such as a constraint, where the
+        forbidden mass is recorded, and where ``seed``, ``row_numbers`` or ``stop_token`` is given. Without constraints
+        both choose the same greedy tokens. ``mingpt.decoding.beam_search`` takes this model too.
+
+        Rows of different lengths are padded on the left. Processors see the padding as a part of the prompt, as
+        transformers' do. A sliding window counts it, so where it stands between a prefix and the content, the window
+        reaches fewer of the prefix's positions, as in PEFT.
 
         Args:
             idx: (B, T) of int64, the prompts; with a prefix the first P tokens are placeholders.
             max_new_tokens: the most tokens to add.
-            prefixes, attention_mask: see ``forward``.
+            prefixes, attention_mask: see ``forward``; padding is on the left.
             logits_processors: those of ``mingpt.decoding``, transformers', or functions (tokens, logits) -> logits. The
                 tokens that the last two get include the placeholders, but in our loop they do not.
             forbidden_mass_record: as ``mingpt.decoding.generate`` has it.
             options: of transformers' ``generate``, such as ``do_sample=True``; for our loop those in ``LOOP_OPTIONS``.
+                With ``stop_token``, None included, rows end as ``mingpt.decoding.generate`` says, and not with the
+                end-of-text tokens of the model's generation config.
 
         Returns:
             (B, T + n) of int64, prompts and continuations; n is less than ``max_new_tokens`` where every row has met an
-            end-of-text token of the model's generation config before.
+            end-of-text token before, and never with ``stop_token``.
 
         Raises:
-            ValueError: as ``forward``. In transformers' ``generate``, for a prefix with more or fewer placeholders than
-                positions. In our loop, for padding and other options; see ``mingpt.decoding.generate``.
+            ValueError: as ``forward``, and for padding on the right. In transformers' ``generate``, for a prefix with
+                more or fewer placeholders than positions. In our loop, for other options, and where rows with padding
+                outgrow ``block_size``; see ``mingpt.decoding.generate``.
         """
         prefix = self._check(idx, prefixes, attention_mask)
-        if forbidden_mass_record is not None or any(isinstance(each, LogitsProcessor) for each in logits_processors):
-            start = 0 if prefix is None else prefix.n_placeholders
-            if attention_mask is not None and not attention_mask[:, start:].all():
-                raise ValueError("our decode loop reads no padding; generate for rows of one length at a time")
-            own: dict[str, Any] = {"prefixes": None if prefix is None else self.as_key_value(prefix)}
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(f"row {row} has padding on the right; pad on the left: what it ends with is continued")
+        is_ours = any(isinstance(each, LogitsProcessor) for each in logits_processors)
+        if is_ours or forbidden_mass_record is not None or options.keys() & set(LOOP_ONLY):
+            own: dict[str, Any] = {"prefixes": self._padded(idx, prefix, attention_mask, max_new_tokens)}
             own |= {"logits_processors": logits_processors, "forbidden_mass_record": forbidden_mass_record}
             return self._decode(idx, max_new_tokens, own, options)
         mask = torch.ones_like(idx) if attention_mask is None else attention_mask
@@ -187,7 +212,13 @@ class CausalLM(nn.Module):
             return self.model.generate(idx, attention_mask=mask, max_new_tokens=max_new_tokens, **options)
 
     def as_key_value(self, prefix: Prefix) -> Prefix:
-        """A prefix as the keys and values that it comes to, (K, L, 2, P, H * D); a prompt is run through the model."""
+        """A prefix as the keys and values that it comes to, (K, L, 2, P, H * D); a prompt is run through the model.
+
+        Raises:
+            ValueError: if the prefix is on another device than the model.
+        """
+        if prefix.values.device != self.device:
+            raise ValueError(f"the prefix is on {prefix.values.device}, the model on {self.device}; move one of them")
         if prefix.kind == "key_value":
             return prefix
         cache = caches.full_cache()
@@ -207,8 +238,10 @@ class CausalLM(nn.Module):
 
     def prefix_cache(self, prefix: Prefix) -> Cache:
         """The KV cache that K prefixes become, of K rows, or of B with ``prefix.rows``, for the decode loop."""
-        n_rows = prefix.n_prefixes if prefix.rows is None else len(prefix.rows)
-        return [caches.RowsCache(self.transformers_cache(prefix, n_rows))]
+        mask, n_rows = None, prefix.n_prefixes if prefix.rows is None else len(prefix.rows)
+        if isinstance(prefix, PaddedPrefix):
+            mask, n_rows = F.pad(prefix.mask, (prefix.n_positions, 0), value=True), len(prefix.mask)
+        return [caches.RowsCache(self.transformers_cache(prefix, n_rows), mask)]
 
     def forward_cached(
         self, tokens: Tensor, kv_cache: Cache | None = None, *, n_last: int | None = None, start: int | None = None
@@ -228,47 +261,20 @@ class CausalLM(nn.Module):
         rows = cast(caches.RowsCache, kv_cache[0]) if kv_cache else caches.rows_cache(self.model.config)
         rows.expand(len(tokens))
         options: dict[str, Any] = {self._cache: rows.cache, "use_cache": True, "logits_to_keep": n_last or 0}
-        if start is not None and start != rows.n_filled:  # transformers would count from there
+        start = rows.n_filled if start is None else start
+        if rows.mask is not None:
+            options["attention_mask"], positions = rows.mask_and_positions(tokens.shape[1])
+            options["position_ids"] = (positions + start - rows.n_filled).clamp(min=0)
+        elif start != rows.n_filled:  # transformers would count from there
             options["position_ids"] = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         with self._layers_with(None):
             return self.model(tokens, **options).logits, [rows]
-
-    def read_prefix(self, prefixes: Tensor | Prefix, n_rows: int) -> Prefix:
-        """Read what a user gives as ``prefixes=``, and check that it fits the model and a batch of ``n_rows``.
-
-        Raises:
-            TypeError: if it is neither a tensor nor a Prefix.
-            ValueError: for another kind, shape or device than the model's.
-        """
-        if isinstance(prefixes, Tensor):
-            kinds = {4: "key_value", 2: "prompt"}
-            if prefixes.ndim not in kinds:
-                expected = "(L, 2, P, H * D), a key_value prefix, or (P, C), a prompt; give several as a Prefix"
-                raise ValueError(f"a prefix tensor has the shape {expected}; got {tuple(prefixes.shape)}")
-            prefixes = Prefix(kinds[prefixes.ndim], prefixes[None])
-        if not isinstance(prefixes, Prefix):
-            raise TypeError(f"prefixes must be a tensor or a Prefix, got {type(prefixes).__name__}")
-        config, kind = self.config, prefixes.kind
-        widths = {
-            "key_value": (config.n_embd, f"n_kv_head * head_size = {config.n_kv_head} * {config.head_size}"),
-            "prompt": (config.hidden_size, "hidden_size"),
-        }
-        if kind not in widths:
-            raise ValueError(f"a model of transformers takes prefixes of kind {' or '.join(widths)}, got {kind}")
-        width, meaning = widths[kind]
-        if prefixes.values.shape[-1] != width:
-            given = prefixes.values.shape[-1]
-            raise ValueError(f"a {kind} prefix has {meaning} = {width} channels for this model, got {given}")
-        prefixes.check(config.n_layer, width, n_rows)
-        if prefixes.values.device != self.device:
-            raise ValueError(f"the prefix is on {prefixes.values.device}, the model on {self.device}; move one of them")
-        return prefixes
 
     def _check(self, idx: Tensor, prefixes: Tensor | Prefix | None, attention_mask: Tensor | None) -> Prefix | None:
         check_tokens(idx, self.config.vocab_size)
         (batch, n_tokens), prefix = idx.shape, None
         if prefixes is not None:
-            prefix = self.read_prefix(prefixes, batch)
+            prefix = as_prefix(prefixes, self, batch)
             if prefix.n_placeholders >= n_tokens:
                 raise ValueError(f"{prefix.n_placeholders} prefix positions leave no content in {n_tokens} tokens")
         if n_tokens > self.block_size:
@@ -279,11 +285,26 @@ class CausalLM(nn.Module):
             )
         return prefix
 
+    def _padded(self, idx: Tensor, prefix: Prefix | None, mask: Tensor | None, n_new: int) -> Prefix | None:
+        """What our decode loop begins with: the prefix, and the padding where there is any."""
+        start = 0 if prefix is None else prefix.n_placeholders
+        if mask is None or mask[:, start:].all():
+            return prefix
+        if idx.shape[1] + n_new > self.block_size:
+            sizes = f"{idx.shape[1]} tokens and {n_new} new ones do not fit into block_size = {self.block_size}"
+            raise ValueError(f"{sizes}, and rows with padding are not cropped; give shorter prompts, or each alone")
+        if prefix is None:
+            values = torch.zeros(1, self.config.n_layer, 2, 0, self.config.n_embd, device=self.device)
+            prefix = Prefix("key_value", values)
+        return PaddedPrefix(**vars(prefix), mask=mask[:, start:].bool())
+
     def _decode(self, idx: Tensor, max_new_tokens: int, own: dict[str, Any], options: dict[str, Any]) -> Tensor:
         """Our decode loop; rows end with transformers' end-of-text tokens, and are filled up with its padding."""
         if unknown := sorted(options.keys() - set(LOOP_OPTIONS)):
             expected = f"our decode loop takes {', '.join(LOOP_OPTIONS)}; got {', '.join(unknown)}"
             raise ValueError(f"{expected}; for beams call mingpt.decoding.beam_search with this model")
+        if "stop_token" in options:
+            return generation.generate(self, idx, max_new_tokens, **own, **options)
         defaults, n_prompt = self.model.generation_config, idx.shape[1]
         ends = options.pop("eos_token_id", defaults.eos_token_id)
         ends = [ends] if isinstance(ends, int) else list(ends or ())

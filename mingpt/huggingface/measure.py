@@ -16,7 +16,7 @@ positions, soft-capped scores and sliding windows. What differs there from the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mingpt.analysis.theory import BiasSubspace, Invariance
 from mingpt.huggingface.causal_lm import CausalLM
-from mingpt.prefix import Prefix, evaluation_mode
+from mingpt.prefix import Prefix, as_prefix, evaluation_mode
 
 _NAME = "mingpt_measured"  # in transformers' registry
 _LEAST = 1e-30  # the least share of attention from which float32 still tells the parts, as in theory
@@ -61,6 +61,16 @@ class Measurement(NamedTuple):
         own = {name: each for name, each in self._asdict().items() if isinstance(each, Tensor)}
         return {name: each for part in (*parts, own) for name, each in part.items()}
 
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor]) -> Measurement:
+        """The measurement that has these tensors; a KeyError where one is missing."""
+        moved = tensors["movement"], tensors["distance"]
+        if "share" not in tensors:
+            return cls(None, None, None, None, *moved)
+        invariance = Invariance(*(tensors[name] for name in Invariance._fields))
+        bias = BiasSubspace(*(tensors[name] for name in BiasSubspace._fields))
+        return cls(invariance, bias, tensors["direction"], tensors["direction_share"], *moved)
+
 
 @torch.no_grad()
 def measure(
@@ -87,12 +97,12 @@ def measure(
 
     Source: Petrov et al. 2024, equations 6 and 7.
     """
-    prefix = None if prefix is None else lm.read_prefix(prefix, len(x))
+    prefix = None if prefix is None else as_prefix(prefix, lm, len(x))
     if prefix is not None and prefix.n_prefixes != 1:
         raise ValueError(f"the measurement is of one prefix, got {prefix.n_prefixes}; take them one by one")
     start = 0 if prefix is None else prefix.n_placeholders
     batches: list[list[dict[str, Tensor]]] = []
-    with evaluation_mode(lm), _recorded_attention(lm.model):  # pyright: ignore[reportArgumentType]
+    with evaluation_mode(lm), _recorded_attention(lm.model):
         prefix = None if prefix is None else lm.as_key_value(prefix)  # here, so that a prompt's own run is not recorded
         with (recorder := _Recorder([])).active():
             lm(x[:1, :1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,13 +22,18 @@ from hf_models import (
 from reference import random_model
 
 from mingpt.adapters.prefixes import PrefixAdapter
-from mingpt.datasets import CustomDataset
+from mingpt.datasets import IGNORED, CustomDataset
+from mingpt.decoding.constraints import MultisetConstraint
+from mingpt.decoding.generation import beam_search
 from mingpt.evaluation import evaluate
+from mingpt.experiments.multistep import Plan, plan_from_composition, predict
 from mingpt.huggingface.cache import layer_pairs
 from mingpt.huggingface.causal_lm import CausalLM
 from mingpt.prefix import Prefix, concatenate
 from mingpt.storage.huggingface import to_huggingface
-from mingpt.tasks import Add1
+from mingpt.tasks import Add1, SortAscending
+from mingpt.text import CHARACTERS, TextDataset
+from mingpt.text.tasks import Upper
 from mingpt.trainer import AdapterTrainer, PrefixTrainer
 
 N_NEW = 9
@@ -198,6 +205,44 @@ def test_it_is_called_as_our_gpt_is_and_gives_the_same(kind, n_placeholders):
 
 
 @pytest.mark.parametrize("kind", ["key_value", "prompt"])
+@pytest.mark.parametrize("is_constrained", [True, False])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 2.0}, {"stop_token": 3}], ids=str)
+def test_plans_have_the_outputs_of_our_gpt(tmp_path, kind, is_constrained, options):
+    """Whatever the batch size and the model's own end-of-text token, and after an interruption."""
+    model = random_model(block_size=30, vocab_size=13)
+    lm = CausalLM(to_huggingface(model))
+    lm.model.generation_config.eos_token_id = 4
+    values = torch.randn(
+        2, *((2, 2, P, 24) if kind == "key_value" else (P, 24)), generator=torch.Generator().manual_seed(3)
+    )
+    prefixes = {name: Prefix(kind, own[None]) for name, own in zip(("SortAscending", "Add1"), values, strict=True)}
+    rows = CustomDataset("test", [SortAscending()], length=6).rows(range(8))[0].tolist()
+
+    def outputs(model, batch_size, folder=None):
+        plan = plan_from_composition(SortAscending() + Add1(), model, prefixes, 6, 10, P, is_constrained)
+        plan = Plan(model, [replace(step, options=options) for step in plan.steps])
+        return predict(plan, rows, batch_size, seed=5, folder=folder)
+
+    expected = outputs(model, 100)
+    assert outputs(lm, 3) == outputs(lm, 100) == expected
+    assert any(4 in row for step in expected.values() for row in step)
+
+    generate, n_rows = lm.generate, []
+
+    def interrupted(prompts, *arguments, **options):
+        n_rows.append(len(prompts))
+        if len(n_rows) == 5:  # the second batch of the second step
+            raise KeyboardInterrupt
+        return generate(prompts, *arguments, **options)
+
+    lm.generate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        outputs(lm, 3, tmp_path)
+    assert outputs(lm, 3, tmp_path) == expected
+    assert n_rows == [3, 3, 2, 3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("kind", ["key_value", "prompt"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_generation_takes_the_likeliest_token_of_forward(architecture, kind):
@@ -308,17 +353,59 @@ def test_prefix_trainer_trains_it_and_evaluate_scores_it(architecture, kind):
     assert evaluate(lm, data.with_split("validation"), prefix, 12).n_rows == 12
 
 
-def test_prompts_of_a_model_with_grouped_queries_are_trained_as_adapters():
-    """Their width is not that of the keys, which is what PrefixTrainer checks."""
+@pytest.mark.parametrize("shape", ["tensor", "Prefix"])
+def test_prompts_of_a_model_with_grouped_queries_are_read_everywhere(shape):
+    """Their width is not that of the keys."""
     lm = CausalLM(random_hf_model("llama", std=0.1))
+    assert lm.config.hidden_size != lm.config.n_embd
     data = CustomDataset("train", [Add1()], length=4, num_digits=9, prefix_padding=P)
-    prefix = Prefix("prompt", random_values(lm, kind="prompt"))
+    values = random_values(lm, kind="prompt")
+    adapter = PrefixAdapter(lm, Prefix("prompt", values.clone()))
     config = AdapterTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "max_iters": 2, "batch_size": 4, "progress": False})
-    adapter = PrefixAdapter(lm, prefix)
-    before = adapter.values.detach().clone()
+    config.merge_from_dict({"device": "cpu", "max_iters": 3, "batch_size": 4, "progress": False})
     AdapterTrainer(config, lm, data, adapter).run()
-    assert (adapter.values - before).abs().min() > 0
+    prompt = values[0].clone() if shape == "tensor" else Prefix("prompt", values.clone())
+    trainer = PrefixTrainer(config, lm, data, prompt)
+    trainer.run()
+    assert (trainer.prefixes.view_as(values) - values).abs().min() > 0
+    assert close(trainer.prefixes.view_as(values), adapter.values)
+
+    key_value, x = lm.as_key_value(Prefix("prompt", values)), with_placeholders(tokens())
+    prompt = values[0] if shape == "tensor" else Prefix("prompt", values)
+    assert close(lm(x, prefixes=prompt)[0], lm(x, prefixes=key_value)[0])
+    for own in ({}, {"seed": 0}):
+        assert torch.equal(lm.generate(x, 5, prompt, **own), lm.generate(x, 5, key_value, **own))
+    beams, expected = (beam_search(lm, x, 5, 3, prefixes=each)[0] for each in (prompt, key_value))
+    assert torch.equal(beams, expected)
+    same = [evaluate(lm, data, each, 20, logits_processors=[MultisetConstraint()]) for each in (prompt, key_value)]
+    assert same[0] == same[1]
+
+
+def test_a_dataset_that_does_not_fit_is_refused_before_training():
+    lm, config = CausalLM(random_hf_model()), PrefixTrainer.get_default_config()
+    data = CustomDataset("train", [Add1()], length=4, num_digits=V, prefix_padding=P)
+    with pytest.raises(ValueError, match="the model's vocabulary is 19, and the data need 22"):
+        PrefixTrainer(config, lm, data, random_values(lm)[0])
+
+
+def test_text_is_learned_and_scored():
+    lm = CausalLM(random_hf_model("llama", std=0.1, vocab_size=CHARACTERS.vocab_size))
+    data = TextDataset("train", [Upper()], length=30, prefix_padding=P)
+    prefix = Prefix("prompt", 0.1 * random_values(lm, kind="prompt"))
+    config = PrefixTrainer.get_default_config()
+    config.merge_from_dict({"device": "cpu", "max_iters": 20, "batch_size": 8, "learning_rate": 0.03})
+    config.merge_from_dict({"progress": False, "validate_every": 10, "validation_rows": 4})
+    losses = []
+    trainer = PrefixTrainer(config, lm, data, prefix)
+    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
+    trainer.run()
+    assert losses[-1] < losses[0] - 0.1
+    score = evaluate(lm, data.with_split("test"), prefix, 12, batch_size=5)
+    x, y = data.with_split("test").batch(range(12))
+    is_right = (lm(x, prefixes=prefix)[0].argmax(dim=-1) == y) | (y == IGNORED)
+    assert (score.n_rows, score.n_correct) == (12, is_right.all(dim=1).sum())
+    first = (y != IGNORED).int().argmax(dim=1, keepdim=True)
+    assert score.by_position[0] == is_right.gather(1, first).double().mean()
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -327,10 +414,10 @@ def test_prompts_of_a_model_with_grouped_queries_are_trained_as_adapters():
 @pytest.mark.parametrize(
     ("prefixes", "message"),
     [
-        (torch.zeros(3, 2, P, 24), r"a key_value prefix has n_kv_head \* head_size = 2 \* 6 = 12 .* got 24"),
-        (torch.zeros(P, 12), "a prompt prefix has hidden_size = 24 channels for this model, got 12"),
+        (torch.zeros(3, 2, P, 24), "the prefix has 24 channels, the model has 12 in a key_value prefix"),
+        (torch.zeros(P, 12), "the prefix has 12 channels, the model has 24 in a prompt prefix"),
         (torch.zeros(4, 2, P, 12), "the prefix has 4 layers, the model has 3"),
-        (torch.zeros(3, P, 12), r"has the shape \(L, 2, P, H \* D\), a key_value prefix, or .*; got \(3, 4, 12\)"),
+        (torch.zeros(3, P, 12), "of kind key_value or prompt, got activation"),
         (Prefix("activation", torch.zeros(1, 3, P, 24)), "of kind key_value or prompt, got activation"),
         (Prefix("key_value", torch.zeros(2, 3, 2, P, 12)), "3 rows cannot be shared out evenly to 2 prefixes"),
         (Prefix("prompt", torch.zeros(2, P, 24), torch.tensor([0, 1])), "rows has shape"),

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hf_models import ARCHITECTURES, P, T, V, random_hf_model, random_values, tokens, with_placeholders
@@ -16,8 +17,8 @@ from mingpt.decoding.automata import DFA, PDA
 from mingpt.decoding.constraints import MultisetConstraint, PushdownConstraint, RegularConstraint
 from mingpt.decoding.generation import beam_search
 from mingpt.decoding.grammar import GrammarConstraint
-from mingpt.decoding.logits_processors import Context, LogitsProcessor
-from mingpt.evaluation import evaluate
+from mingpt.decoding.logits_processors import Constraint, Context, LogitsProcessor
+from mingpt.evaluation import Score, evaluate, predict
 from mingpt.huggingface.causal_lm import CausalLM
 from mingpt.prefix import Prefix
 from mingpt.storage.huggingface import to_huggingface
@@ -171,11 +172,89 @@ def test_functions_beside_constraints_get_the_content():
     assert torch.equal(seen[1], found[:, P:-1])
 
 
-def test_evaluate_takes_constraints():
+@pytest.mark.parametrize("processors", [(), (MultisetConstraint(),)])
+def test_evaluation_takes_constraints(processors):
+    """Answers are as long as the rows, whatever tokens end a text of the model."""
     lm = CausalLM(random_hf_model())
     data = CustomDataset("test", [SortAscending()], length=4, num_digits=9, prefix_padding=P)
-    score = evaluate(lm, data, Prefix("key_value", random_values(lm)), 12, logits_processors=[MultisetConstraint()])
-    assert score.n_rows == 12
+    inputs, solutions = data.rows(range(12))
+    prefix, options = Prefix("key_value", random_values(lm)), {"logits_processors": processors}
+    expected = predict(lm, inputs, P, prefix, **options)
+    assert np.array_equal(np.sort(expected), solutions) == bool(processors)
+    lm.model.generation_config.eos_token_id = [*range(V)]
+    assert np.array_equal(predict(lm, inputs, P, prefix, **options), expected)
+    assert evaluate(lm, data, prefix, 12, **options) == Score.of(expected, solutions, inputs)
+
+
+# ----------------------------------------------------------------------------------------------------- padding
+
+
+PADDING = torch.tensor([3, 0, 5, 1, 3])  # before the content of five rows
+
+
+def padded(prefix, x):
+    """The rows with their placeholders and their mask, and each row alone without padding."""
+    start = 0 if prefix is None else P
+    mask = torch.arange(T) >= PADDING[:, None]
+    mask = torch.cat([mask.new_zeros(len(x), start), mask], dim=1).long()  # placeholders do not matter
+    rows = [with_placeholders(row[n:][None], start) for row, n in zip(x, PADDING, strict=True)]
+    return with_placeholders(x, start), mask, rows
+
+
+@pytest.mark.parametrize("case", ["none", "key_value a row", "prompt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral"])
+@torch.no_grad()
+def test_padding_changes_nothing(architecture, case):
+    """The first token is forced, so the model reads it with the prompt. A window of 6 would count the padding too."""
+    changes = {"sliding_window": 30} if architecture == "mistral" and case != "none" else {}
+    lm = CausalLM(random_hf_model(architecture, **changes))
+    prefix = prefix_of(lm, case)
+    x, mask, rows = padded(prefix, tokens(len(PADDING)))
+    constraint = RegularConstraint(DFA.from_regex("3 [0-9]* (10 | 11)", V))
+    for options in ({}, {"do_sample": True, "seed": 3}):
+        found = lm.generate(x, N_NEW, prefix, mask, [constraint], **options)[:, -N_NEW:]
+        for number, row in enumerate(rows):
+            own = None if prefix is None else prefix.for_rows(slice(number, number + 1), len(x))
+            numbers = {"row_numbers": [number]} if options else {}
+            alone = lm.generate(row, N_NEW, own, None, [constraint], **options, **numbers)[0, -N_NEW:]
+            assert torch.equal(found[number], alone)
+    assert len(found[:, 1:].unique(dim=0)) == len(found)
+
+
+class Echo(Constraint):
+    """Begins with the prompt's last token."""
+
+    def allowed(self, state, context):
+        last = torch.nn.functional.one_hot(context.tokens[:, -1], context.vocab_size).bool()
+        return state, torch.ones_like(last) if context.step else last
+
+
+@torch.no_grad()
+def test_padding_goes_with_its_row_when_another_ends_before_the_model_reads():
+    lm, x = CausalLM(random_hf_model()), tokens(len(PADDING))
+    x[:, -1] = torch.arange(len(x))
+    x, mask, rows = padded(None, x)
+    found = lm.generate(x, 5, None, mask, [Echo()], stop_token=0)
+    assert not found[0, -5:].any()
+    for number, row in enumerate(rows):
+        assert torch.equal(found[number, -5:], lm.generate(row, 5, None, None, [Echo()], stop_token=0)[0, -5:])
+
+
+@pytest.mark.parametrize("case", ["none", "key_value a row", "prompt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "gemma2"])
+@torch.no_grad()
+def test_padded_rows_are_continued_as_transformers_does(architecture, case):
+    """Past the windows of 6; rows end at different steps."""
+    lm, x = CausalLM(random_hf_model(architecture)), tokens(len(PADDING))
+    prefix = prefix_of(lm, case)
+    x, mask, _ = padded(prefix, x)
+    free = lm.generate(x, N_NEW, prefix, mask)
+    assert torch.equal(lm.generate(x, N_NEW, prefix, mask, seed=0), free)
+    assert not torch.equal(lm.generate(x, N_NEW, prefix), free)
+    ends = {"eos_token_id": free[:3, -N_NEW + 2].tolist(), "pad_token_id": V - 1}
+    expected = lm.generate(x, N_NEW, prefix, mask, **ends)
+    assert (expected == V - 1).any()
+    assert torch.equal(lm.generate(x, N_NEW, prefix, mask, forbidden_mass_record=[], **ends), expected)
 
 
 # ------------------------------------------------------------------------------------------------------- beams
@@ -310,8 +389,11 @@ def test_what_our_loop_does_not_do_is_refused():
     values, mask = random_values(lm)[0], torch.ones_like(x)
     mask[:, :P] = 0  # does not matter
     lm.generate(x, 1, values, mask, [Neutral()])
-    with pytest.raises(ValueError, match=r"our decode loop takes do_sample, .*; got num_beams, top_p; for beams call"):
+    with pytest.raises(ValueError, match=r"our decode loop takes seed, .*; got num_beams, top_p; for beams call"):
         lm.generate(x, 2, values, logits_processors=[Neutral()], num_beams=2, top_p=0.5)
     mask[1, P] = 0
-    with pytest.raises(ValueError, match="our decode loop reads no padding; generate for rows of one length at a time"):
-        lm.generate(x, 2, values, mask, [Neutral()])
+    with pytest.raises(ValueError, match=r"11 tokens and 30 new .* block_size = 40, and rows with padding are not"):
+        lm.generate(x, 30, values, mask, [Neutral()])
+    for options in ({}, {"seed": 0}):
+        with pytest.raises(ValueError, match="row 0 has padding on the right; pad on the left"):
+            lm.generate(x, 2, values, mask.flip(1), **options)
