@@ -8,6 +8,7 @@ them. It does not count the tokens that remain: the text is complete if its end 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ class GrammarConstraint(Constraint):
 
             tokenizer = from_tokenizer(tokenizer)
         self.tokenizer, self._executor = tokenizer, llguidance.LLExecutor()
-        self._start = llguidance.LLMatcher(tokenizer, llguidance.grammar_from(form, grammar))
+        self._start = llguidance.LLMatcher(tokenizer, _without_forcing(llguidance.grammar_from(form, grammar)))
         self._check(self._start)
 
     def init(self, context: Context) -> State:
@@ -85,6 +86,19 @@ class GrammarConstraint(Constraint):
     def _check(self, matcher: LLMatcher) -> None:
         if matcher.is_error():
             raise ValueError(f"the grammar cannot go on: {matcher.get_error().strip()}")
+
+
+def _without_forcing(grammar: str) -> str:
+    """A grammar of llguidance that allows every token whose text may follow.
+
+    By default llguidance splits a text that is the only one to follow itself, and allows no other token. Up to 1.9.1
+    that token can be one that does not fit, where the row has begun the text with a shorter one.
+    """
+    parts = json.loads(grammar)["grammars"] if grammar.lstrip().startswith("{") else [{"lark_grammar": grammar}]
+    for part in parts:
+        lark = part.get("lark_grammar") or f"start: %json {json.dumps(part.pop('json_schema'))}"
+        part["lark_grammar"] = lark if "%llguidance" in lark else f'%llguidance {{"no_forcing": true}}\n{lark}'
+    return json.dumps({"grammars": parts})
 
 
 def tokenizer_of(spellings: Sequence[str], end_token: int) -> LLTokenizer:

@@ -75,6 +75,30 @@ def test_what_is_generated_is_in_the_grammar():
     assert all(eval(text) is not None for text in texts(best[:, :, T:].flatten(0, 1)) if text is not None)
 
 
+@pytest.mark.parametrize("form", ["regex", "lark", "json_schema", "choice"])
+def test_every_token_whose_text_may_follow_is_allowed(form):
+    """Also where only one text may follow, however it is split."""
+    language = ["12+12*3", "112", "12(4)"]
+    grammars = {"regex": "|".join(map(re.escape, language)), "choice": json.dumps(language)}
+    grammars["lark"] = "start: " + " | ".join(map(json.dumps, language))
+    grammars["json_schema"] = json.dumps({"enum": [112, 1212, 2]})
+    strings = ["112", "1212", "2"] if form == "json_schema" else language
+    grammar = GrammarConstraint(form, grammars[form], tokenizer_of(SPELLINGS, END))
+    rows: list[list[int]] = [[]]
+    while rows:
+        tokens = torch.tensor([[0, *row] for row in rows])
+        state = grammar.init(Context(tokens[:, :1], 1, 9, V))
+        for step in range(1, tokens.shape[1] + 1):
+            state, allowed = grammar.allowed(state, Context(tokens[:, :step], 1, 9, V))
+        before, rows = rows, []
+        for row, own in zip(before, allowed.tolist(), strict=True):
+            text = "".join(SPELLINGS[token] for token in row)
+            follows = [any(each.startswith(text + SPELLINGS[v]) for each in strings) for v in range(V)]
+            follows[END] = text in strings
+            assert own == follows, text
+            rows += [[*row, v] for v in range(V) if own[v] and v != END]
+
+
 def test_json_of_a_schema():
     spellings = [*'{}":,ab0', "true", "false", "end"]
     assert len(spellings) == V
