@@ -42,6 +42,7 @@ from mingpt.experiments.sweep import Study, run_packs, run_study
 from mingpt.huggingface.adapters import load_causal_lm, load_peft, without_progress_bar
 from mingpt.huggingface.analysis import analyze as analyze_adapter
 from mingpt.huggingface.analysis import read_rows
+from mingpt.huggingface.comparison import MAX_EXAMPLES, compare
 from mingpt.model import GPT
 from mingpt.prefix import Prefix
 from mingpt.storage import huggingface
@@ -164,6 +165,10 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 _wait_option = click.option("--wait", is_flag=True, help="Wait for another process that writes there.")
 _studies_option = click.option(
     "--study", "studies", multiple=True, metavar="FOLDER", type=_FOLDER, help="With results.csv. [all in studies/]"
+)
+_ANALYSIS_HELP = "With what 'mingpt analyze --json' printed, for the view Adapters; may be repeated."
+_analyses_option = click.option(
+    "--analysis", "analyses", multiple=True, metavar="FILE", type=_FILE, help=_ANALYSIS_HELP
 )
 _load_options = _all_of(
     click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP),
@@ -499,6 +504,10 @@ def export(out: Path, tasks: tuple[str, ...], wait: bool, **options: Any) -> Non
 @click.option("--text", required=True, type=_FILE, help="What to read: text, or token ids as JSON in each line.")
 @click.option("--rows", default=16, type=click.IntRange(min=1), help="The most rows of the text.")
 @click.option("--length", default=128, type=click.IntRange(min=2), help="Tokens in a row.")
+@click.option("--examples", type=_FILE, help=f"Other rows, to compare with; the first {MAX_EXAMPLES:,} are used.")
+@click.option("--demonstrations", type=click.IntRange(min=0), help="Examples before a row. [those that fit, at most 8]")
+@click.option("--lora-iters", type=click.IntRange(min=0), help="Iterations of the LoRA on the examples. [200]")
+@click.option("--score-last", type=click.IntRange(min=1), help="Compare on a row's last tokens. [all but the first]")
 @click.option("--figures", metavar="FOLDER", type=_FOLDER, help="Write heatmaps by layer and head there.")
 @click.option("--page", metavar="FILE", type=_FILE, help="Write all of it as one HTML file, such as analysis.html.")
 @click.option("--device", metavar="NAME", default="cpu", help="auto, cpu, cuda or cuda:N.")
@@ -509,6 +518,10 @@ def analyze(
     text: Path,
     rows: int,
     length: int,
+    examples: Path | None,
+    demonstrations: int | None,
+    lora_iters: int | None,
+    score_last: int | None,
     figures: Path | None,
     page: Path | None,
     device: str,
@@ -519,14 +532,25 @@ def analyze(
     MODEL is a folder that transformers wrote, ADAPTER one that PEFT wrote: prefix tuning, a cartridge, prompt tuning,
     or LoRA and the like. Nothing is fetched. Text is read by the model's own tokenizer; where its folder has none, each
     line of the file is a row of token ids, such as [6, 2, 7].
+
+    With --examples the adapter's gain is compared with that of examples in the context, and of a LoRA trained on them:
+    an adapter that only elicits what the model knows can be replaced by demonstrations.
     """
-    for path in (model, adapter, text):
+    given = {"n_demonstrations": demonstrations, "lora_iters": lora_iters, "n_scored": score_last}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not examples:
+        raise click.UsageError("--demonstrations, --lora-iters and --score-last are for --examples; give it too")
+    for path in (model, adapter, text, examples or text):
         if not path.exists():
             raise click.UsageError(f"there is no {path}; expected MODEL and ADAPTER, which are folders, and a text")
     lm = load_causal_lm(model, distributed.resolve_device(device))
     found = load_peft(adapter, lm)
     room = lm.block_size - (found.prefix.n_positions if found.prefix else 0)
-    result = analyze_adapter(lm, found, read_rows(text, model, rows, min(length, room)).to(lm.device))
+    x = read_rows(text, model, rows, min(length, room)).to(lm.device)
+    result = analyze_adapter(lm, found, x)
+    if examples:
+        own = read_rows(examples, model, MAX_EXAMPLES, min(length, room)).to(lm.device)
+        result = result._replace(comparison=compare(lm, found, x, own, **given))
     _echo_result(result.to_dict(), result.table(), as_json)
     if found.base and Path(found.base).name != model.resolve().name:
         _echo(f"the adapter names {found.base} as its base; that {model} is this model was not checked", err=True)
@@ -543,21 +567,27 @@ def analyze(
 @click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP)
 @click.option("--out", metavar="FILE", type=_FILE, default="lab.html", help="The page.")
 @_studies_option
+@_analyses_option
 @click.option("--half", "use_half", is_flag=True, help="float16 weights: half the size, a few other answers.")
-def write_lab_page(run: Path | None, out: Path, studies: tuple[Path, ...], use_half: bool) -> None:
+def write_lab_page(
+    run: Path | None, out: Path, studies: tuple[Path, ...], analyses: tuple[Path, ...], use_half: bool
+) -> None:
     """Write the lab page of a run: one HTML file in which its model answers, and its prefixes can be mixed."""
-    lab.write_report(_folder(run), out, _studies(studies), use_half)
+    lab.write_report(_folder(run), out, _studies(studies), use_half, analyses)
     _echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 @cli.command("lab")
 @click.option("--run", metavar="FOLDER", type=_FOLDER, help=_RUN_HELP)
 @_studies_option
+@_analyses_option
 @click.option("--port", type=click.IntRange(0, 65535), help="Of 127.0.0.1. [any free one]")
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
-def open_lab(run: Path | None, studies: tuple[Path, ...], port: int | None, no_browser: bool) -> None:
+def open_lab(
+    run: Path | None, studies: tuple[Path, ...], analyses: tuple[Path, ...], port: int | None, no_browser: bool
+) -> None:
     """Open the lab page of a run in the browser; its curves grow while the run is trained."""
-    with lab.LabServer(_folder(run), _studies(studies), port or 0) as server:
+    with lab.LabServer(_folder(run), _studies(studies), port or 0, analyses) as server:
         server.page()  # before a browser waits for it
         _echo(f"{server.url}\nCtrl-C ends it")
         if not no_browser:

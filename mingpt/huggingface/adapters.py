@@ -5,6 +5,7 @@ Legend: P prefix positions, C channels of the residual stream, H key/value heads
 
 from __future__ import annotations
 
+import copy
 import filecmp
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,21 @@ class PeftAdapter:
     def disabled(self) -> AbstractContextManager[Any]:
         """A context in which the model's layers are those of the base model."""
         return nullcontext() if self.peft_model is None else self.peft_model.disable_adapter()
+
+    def base_model(self, lm: CausalLM) -> CausalLM:
+        """The model without its adapter, with layers of its own. Their weights are those of ``lm``, in the same memory.
+
+        Raises:
+            ValueError: if PEFT cannot take the adapter off.
+        """
+        model = lm.model if self.peft_model is None else self.peft_model
+        model = copy.deepcopy(model, {id(each): each for each in model.parameters()})
+        if self.peft_model is not None:
+            if not hasattr(model, "unload"):
+                raise ValueError(f"PEFT cannot take an adapter of {self.method} off its model")
+            model.delete_adapter(model.active_adapter)  # else modules that it trained as a whole would stay
+            model = model.unload()
+        return CausalLM(model)
 
 
 def load_causal_lm(folder: str | Path, device: torch.device | str = "cpu") -> CausalLM:

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, P prefix positions, V vocabulary, L layers, H heads, D
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from mingpt.analysis.figures import head_heatmap
 from mingpt.huggingface.adapters import PeftAdapter
 from mingpt.huggingface.causal_lm import CausalLM
+from mingpt.huggingface.comparison import Comparison
 from mingpt.huggingface.measure import Measurement, measure
 from mingpt.prefix import evaluation_mode
 from mingpt.storage.files import CheckpointError, parsing, read_json_lines
@@ -47,16 +49,30 @@ class LogitEffect(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """What an adapter does to a model on a text."""
+    """What an adapter does to a model on a text; and, where asked for, what could take its place."""
 
     title: str
     logits: LogitEffect
     attention: Measurement
+    comparison: Comparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: numbers, and lists (L, H) by layer and head, (L, H, D) for the direction, (L,) for the error."""
         attention = {name: each.tolist() for name, each in self.attention.named().items()}
-        return {"title": self.title, "logits": self.logits._asdict(), "attention": attention}
+        found = {"title": self.title, "logits": self.logits._asdict(), "attention": attention}
+        return found | ({"comparison": self.comparison.to_dict()} if self.comparison else {})
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Analysis:
+        """What ``to_dict`` gave, in float64; anything else is a KeyError, a TypeError or a ValueError."""
+        tensors = {name: torch.tensor(each, dtype=torch.float64) for name, each in found["attention"].items()}
+        logits = LogitEffect(*(float(found["logits"][name]) for name in LogitEffect._fields))
+        comparison = Comparison.from_dict(found["comparison"]) if "comparison" in found else None
+        analysis = cls(str(found["title"]), logits, Measurement.from_named(tensors), comparison)
+        shapes = {tuple(tensors[each["name"]].shape) for each in analysis.columns()}
+        if len(shapes) != 1 or len(min(shapes)) != 2 or 0 in min(shapes):
+            raise ValueError(f"what there is by layer and head has one shape (L, H), got {sorted(shapes)}")
+        return analysis
 
     def columns(self) -> list[dict[str, Any]]:
         """What there is by layer and head: each one's name, what it means, and its values, a list (L, H)."""
@@ -99,7 +115,8 @@ class Analysis(NamedTuple):
             f"predictions       {effect.kl:.4f} nats from the base model's (KL); the likeliest token is the same",
             f"                  at {effect.agreement:.1%} of tokens",
         ]
-        return "\n".join([self.title, "", *logits, "", *lines, "", *legend])
+        comparison = ["", self.comparison.table()] if self.comparison else []
+        return "\n".join([self.title, "", *logits, *comparison, "", *lines, "", *legend])
 
     def figures(self) -> dict[str, Figure]:
         """Heatmaps by layer and head, by the name of a file: attention and bias with a prefix, and movement."""

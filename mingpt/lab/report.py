@@ -48,13 +48,22 @@ MODULES = ["model", "prefix", "tasks", "data", "dom", "charts", *_VIEWS, "app"]
 ANALYSIS_MODULES = ["dom", "charts", "analysis"]
 """The same of the page of an analysis."""
 
+ADAPTERS_MODULES = ["analysis", "adapters"]
+"""What a lab page with analyses has beside ``MODULES``."""
+
 N_ROWS = 200
 """Test rows of each task in the page."""
 
 STUDY_COLUMNS = ("run", "method", "task", "seed", "size", "max_iters", "n_parameters", "accuracy")
 
 
-def write_report(run: str | Path, out: str | Path, studies: Iterable[str | Path] = (), use_half: bool = False) -> None:
+def write_report(
+    run: str | Path,
+    out: str | Path,
+    studies: Iterable[str | Path] = (),
+    use_half: bool = False,
+    analyses: Iterable[str | Path] = (),
+) -> None:
     """Write the lab page of a run.
 
     Args:
@@ -62,12 +71,13 @@ def write_report(run: str | Path, out: str | Path, studies: Iterable[str | Path]
         out: the file, such as lab.html; one that is there is replaced.
         studies: folders with a results.csv each, see ``mingpt.experiments.sweep``.
         use_half: store float16, half as large, in which some answers become others.
+        analyses: files with what ``mingpt analyze --json`` printed, for the view "Adapters".
 
     Raises:
-        CheckpointError: if a file of the run is damaged.
+        CheckpointError: if a file of the run, or one with an analysis, is damaged.
         FileNotFoundError: if there is no such run.
     """
-    write_atomic(Path(out), page(run_data(run, studies), use_half).encode())
+    write_atomic(Path(out), page(run_data(run, studies, analyses), use_half).encode())
 
 
 def write_analysis(analysis: Analysis, out: str | Path, command: str) -> None:
@@ -81,25 +91,39 @@ def write_analysis(analysis: Analysis, out: str | Path, command: str) -> None:
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    data = {
-        "title": analysis.title,
-        "logits": analysis.logits._asdict(),
-        "columns": analysis.columns(),
-        "checks": analysis.checks(),
-        "command": command,
-        "versions": _versions("transformers", "peft"),
-    }
-    header = json.loads(json.dumps(data), parse_constant=lambda name: None)  # JavaScript's JSON has no NaN
-    text = _html(f"mingpt analyze: {analysis.title}", header, _join(ANALYSIS_MODULES))
-    write_atomic(Path(out), text.encode())
+    header = _analysis_data(analysis) | {"command": command, "versions": _versions("transformers", "peft")}
+    script = _join(ANALYSIS_MODULES) + "\nstartAnalysis();\n"
+    write_atomic(Path(out), _html(f"mingpt analyze: {analysis.title}", header, script).encode())
 
 
-def run_data(run: str | Path, studies: Iterable[str | Path] = ()) -> dict[str, Any]:
+def _analysis_data(analysis: Analysis) -> dict[str, Any]:
+    """What ``analysis.js`` shows, as JSON values; JavaScript's JSON has no NaN, so None stands for it."""
+    data: dict[str, Any] = {"title": analysis.title, "logits": analysis.logits._asdict()}
+    data |= {"columns": analysis.columns(), "checks": analysis.checks()}
+    if own := analysis.comparison:
+        data["comparison"] = {"n_scored": own.n_scored, "cells": own.cells(), "sentences": own.sentences()}
+    return json.loads(json.dumps(data), parse_constant=lambda name: None)
+
+
+def _analyses(files: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """What the view "Adapters" shows, and the name of each file."""
+    found = []
+    for path in map(Path, files):
+        with parsing(path, "what 'mingpt analyze --json' prints"):
+            found.append({"name": path.stem} | _analysis_data(Analysis.from_dict(json.loads(path.read_bytes()))))
+    return found
+
+
+def run_data(
+    run: str | Path, studies: Iterable[str | Path] = (), analyses: Iterable[str | Path] = ()
+) -> dict[str, Any]:
     """What the page of a run shows: JSON values, and under "tensors" arrays by name."""
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(f"there is no run {run}; 'mingpt reproduce' makes one")
     found: dict[str, Any] = {"about": _about(run), "curves": run_curves(run), "studies": _studies(studies)}
+    if own := _analyses(analyses):
+        found["analyses"] = own
     if (run / "model.safetensors").exists():
         model, _, description = load_run(run, "cpu")
         prefixes: dict[str, dict[str, Prefix]] = {}
@@ -258,17 +282,17 @@ def _versions(*others: str) -> dict[str, str]:
 def page(data: Mapping[str, Any], use_half: bool = False) -> str:
     """The HTML of a page that shows ``data``, see ``run_data``."""
     header, blob = pack(data, use_half)
-    return _html(f"mingpt lab: {data['about']['run']}", header, script(), blob)
+    return _html(f"mingpt lab: {data['about']['run']}", header, script("analyses" in data) + "\nstart();\n", blob)
 
 
-def _html(title: str, header: Mapping[str, Any], modules: str, blob: bytes = b"") -> str:
-    """The HTML of a page that its modules make of a header and of a blob."""
+def _html(title: str, header: Mapping[str, Any], script: str, blob: bytes = b"") -> str:
+    """The HTML of a page that a script makes of a header and of a blob."""
     parts = {
         "TITLE": html.escape(title),
         "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
         "HEADER": json.dumps(header, separators=(",", ":")).replace("<", "\\u003c"),  # no tag can end the script
         "BLOB": base64.b64encode(blob).decode(),
-        "SCRIPT": modules + "\nstart();\n",
+        "SCRIPT": script,
     }
     text = (STATIC / "page.html").read_text(encoding="utf-8")
     before, *rest = text.split("{{")
@@ -291,10 +315,10 @@ def pack(data: Mapping[str, Any], use_half: bool = False) -> tuple[dict[str, Any
     return {**data, "tensors": layout, "dtype": "float16" if use_half else "float32"}, b"".join(pieces)
 
 
-def script() -> str:
-    """The lab page's modules as one, with the kernel in it."""
+def script(has_analyses: bool = False) -> str:
+    """The lab page's modules as one, with the kernel in it, and with the view "Adapters" where there are analyses."""
     kernels = base64.b64encode((STATIC / "kernels.wasm").read_bytes()).decode()
-    return f'const KERNELS = "{kernels}";\n{_join(MODULES)}'
+    return f'const KERNELS = "{kernels}";\n{_join([*MODULES, *ADAPTERS_MODULES * has_analyses])}'
 
 
 def _join(modules: Iterable[str]) -> str:

@@ -25,19 +25,26 @@ class LabServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, run: str | Path, studies: Iterable[str | Path] = (), port: int = 0):
+    def __init__(
+        self,
+        run: str | Path,
+        studies: Iterable[str | Path] = (),
+        port: int = 0,
+        analyses: Iterable[str | Path] = (),
+    ):
         """Listen, on any free port by default; ``serve_forever`` then answers.
 
         Args:
             run: the folder; the page has what is in it when it is asked for.
-            studies: see ``mingpt.lab.report.write_report``.
+            studies, analyses: see ``mingpt.lab.report.write_report``.
             port: of 127.0.0.1.
 
         Raises:
             OSError: if the port is taken.
         """
         super().__init__(("127.0.0.1", port), _Handler)
-        self.run, self.studies, self.token = Path(run), list(studies), secrets.token_urlsafe(16)
+        self.run, self.studies, self.analyses = Path(run), list(studies), list(analyses)
+        self.token = secrets.token_urlsafe(16)
         self.host = f"127.0.0.1:{self.server_address[1]}"
         self.url = f"http://{self.host}/{self.token}/"
         self._pages: dict[str, bytes] = {}  # by what the run's files looked like
@@ -48,7 +55,7 @@ class LabServer(http.server.ThreadingHTTPServer):
         files = {str(path): path.stat().st_mtime for name in names for path in self.run.glob(name)}
         key = json_checksum(files)
         if key not in self._pages:
-            text = page(run_data(self.run, self.studies) | {"live": "curves.json"})
+            text = page(run_data(self.run, self.studies, self.analyses) | {"live": "curves.json"})
             self._pages = {key: text.encode()}
         return self._pages[key]
 

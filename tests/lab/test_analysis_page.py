@@ -14,7 +14,8 @@ from lab.conftest import opened, serious_faults
 from mingpt import cli
 from mingpt.huggingface.adapters import load_causal_lm, load_peft
 from mingpt.huggingface.analysis import analyze
-from mingpt.lab import write_analysis
+from mingpt.huggingface.comparison import Candidate, Comparison
+from mingpt.lab import report, write_analysis
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's, of transformers
@@ -38,14 +39,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, adapter, *options):
-    """``mingpt analyze``; returns its exit code."""
-    arguments = [folder / "llama", folder / adapter, "--text", folder / "rows.jsonl", *options]
+def mingpt(*arguments):
+    """Call the command; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mingpt", "analyze", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["mingpt", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
     return exit_.value.code or 0
+
+
+def run(folder, adapter, *options):
+    """``mingpt analyze``; returns its exit code."""
+    return mingpt("analyze", folder / "llama", folder / adapter, "--text", folder / "rows.jsonl", *options)
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +252,83 @@ def test_a_page_that_cannot_be_written_is_one_line(folder, capsys):
         assert err.startswith("error: ")
         assert err.count("\n") == 1
     assert (folder / "file").read_text() == ""
+
+
+COMPARISON = Comparison(
+    [
+        Candidate("the base model", 3.21, 0, 0),
+        Candidate("the adapter", 2.21, 1024, 4),
+        Candidate("2 demonstrations", 2.96, 0, 14),
+        Candidate("a LoRA of rank 1", 2.3, 900, 0),
+    ],
+    n_scored=3, n_examples=40, lora_iters=200, validation_losses={"0.0001": 3.0, "0.001": 2.5, "0.01": None},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab_page(pages, tmp_path_factory):
+    """The lab page of a run without a model, which has the analyses of both adapters."""
+    folder = tmp_path_factory.mktemp("lab")
+    for name, (_, analysis) in pages.items():
+        own = analysis._replace(comparison=COMPARISON) if name == "lora" else analysis
+        (folder / f"{name}.json").write_text(json.dumps(own.to_dict()))
+    (folder / "run").mkdir()
+    options = [option for name in pages for option in ("--analysis", folder / f"{name}.json")]
+    assert mingpt("report", "--run", folder / "run", "--out", folder / "lab.html", *options) == 0
+    return folder / "lab.html"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_lab_has_a_view_of_adapters(browser, pages, lab_page, tmp_path, width):
+    """It shows what the analysis' own page does, one analysis at a time, in the page's colours."""
+    path, analysis = pages["prefix"]
+    with opened(browser, path) as page:
+        expected = {name: cells(page.get_by_role("region", name=name)) for name in ("predictions", "all numbers")}
+        image = page.locator("canvas").nth(1).screenshot()
+    with opened(browser, lab_page, viewport={"width": width, "height": 900}) as page:
+        page.get_by_role("tab", name="Adapters").click()
+        assert page.get_by_role("heading", level=2).first.inner_text() == analysis.title
+        for name, lines in expected.items():
+            assert cells(page.get_by_role("region", name=name)) == lines
+        if width == 1280:
+            assert page.locator("canvas").nth(1).screenshot() == image
+        page.get_by_label("Analysis").select_option("lora")
+        assert page.get_by_role("heading", level=2).first.inner_text() == pages["lora"][1].title
+        assert cells(page.get_by_role("region", name="comparison")) == COMPARISON.cells()[1:]
+        text = page.get_by_role("tabpanel").last.inner_text()
+        assert all(sentence in text for sentence in COMPARISON.sentences())
+        assert page.locator("canvas").count() == 2
+        page.screenshot(path=tmp_path / "adapters.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert serious_faults(page) == []
+
+
+def test_a_page_without_analyses_has_no_part_of_them(tmp_path):
+    data = report.run_data(tmp_path)
+    assert "analyses" not in data
+    assert "showAnalysis" not in report.page(data)
+    assert "showAnalysis" in report.page(data | {"analyses": []})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: "[",
+        lambda found: json.dumps(found)[:-9],
+        lambda found: json.dumps([found]),
+        lambda found: json.dumps(found | {"logits": {}}),
+        lambda found: json.dumps(found | {"logits": dict.fromkeys(found["logits"], "x")}),
+        lambda found: json.dumps(found | {"attention": {}}),
+        lambda found: json.dumps(found | {"attention": found["attention"] | {"rank": [[1.0], [2.0, 3.0]]}}),
+        lambda found: json.dumps(found | {"attention": found["attention"] | {"movement": [[0.5]]}}),
+        lambda found: json.dumps(found | {"comparison": {"candidates": []}}),
+    ],
+)
+def test_a_damaged_analysis_is_one_line(pages, tmp_path, capsys, change):
+    (tmp_path / "bad.json").write_text(change(pages["prefix"][1].to_dict()))
+    capsys.readouterr()
+    for command in ("report", "lab"):
+        assert mingpt(command, "--run", tmp_path, "--analysis", tmp_path / "bad.json") == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"error: {tmp_path / 'bad.json'}: it does not hold what 'mingpt analyze --json' prints: ")

@@ -1,4 +1,4 @@
-// The page of `mingpt analyze`: what an adapter does to a model on a text, in all and by layer and head.
+// What an adapter does to a model on a text, in all and by layer and head: the page of `mingpt analyze`, and a part of the lab's.
 
 import { onCell, paint, ramp } from "./charts.js";
 import { h, percent } from "./dom.js";
@@ -24,9 +24,9 @@ function axis(name, n) {
 
 /**
  * Maps of numbers (L, H). All show the same head, the one that the pointer or the arrow keys chose on any of them.
- * @returns the maps, and a function that draws them once they are in the page.
+ * @param root an element in the page, which has its colours.
  */
-function maps(columns) {
+function maps(columns, root) {
   let head = [0, 0];
   const all = columns.map(({ name, meaning, values }) => {
     const [nLayer, nHead] = [values.length, values[0].length];
@@ -50,12 +50,14 @@ function maps(columns) {
       head = cell;
       for (const each of all) each.show(each.figure === figure);
     });
-    const draw = () => paint(canvas, numbers.map((value) => value / (largest || 1)), nLayer, nHead, ramp(figure));
+    const draw = () => paint(canvas, numbers.map((value) => value / (largest || 1)), nLayer, nHead, ramp(root));
     return { figure, show, draw };
   });
   const draw = () => all.forEach((each) => each.draw());
   all.forEach((each) => each.show(false));
-  return { figures: all.map((each) => each.figure), draw };
+  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw); // a canvas keeps its colours
+  return all.map((each) => each.figure);
 }
 
 /** A table that can be scrolled within its box. head: names of the columns. body: lines of cells, the first its name. */
@@ -66,32 +68,38 @@ function table(label, head, body, isLong = false) {
     h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, lines)));
 }
 
-/** Start the page with the data that is in it. */
-export function start() {
-  const root = document.getElementById("lab");
-  const { title, logits, columns, checks, command, versions } = JSON.parse(document.getElementById("header").textContent);
+/** The parts of a view of one analysis, below its title. root: see maps. */
+export function showAnalysis({ logits, comparison, columns, checks }, root) {
   const effect = [
     ["loss with the adapter", digits(logits.loss), "nats a token"],
     ["loss without it", digits(logits.base_loss), "nats a token"],
     ["KL", digits(logits.kl), "nats a token; divergence of the predictions with the adapter from those without"],
     ["agreement", percent(logits.agreement, 1), "of tokens, at which both have the same likeliest next token"],
   ];
-  const { figures, draw } = maps(columns.filter(({ name }) => MAPS.includes(name)));
   const others = columns.filter(({ name }) => !MAPS.includes(name)).map(({ name, meaning }) => h("p", { class: "note" }, `${words(name)}: ${meaning}`));
   const lines = columns[0].values.flatMap((heads, layer) =>
     heads.map((_, head) => [`${layer + 1}, ${head + 1}`, ...columns.map(({ values }) => digits(values[layer][head]))]));
-  root.classList.add("mingpt-lab");
-  root.replaceChildren(h("header", {}, h("h1", {}, title)), h("main", {},
+  return [
     h("h2", {}, "What the adapter does to the predictions"), table("predictions", ["measure", "value", "unit"], effect),
+    comparison && [h("h2", {}, "What could take its place"),
+      comparison.sentences.map((text) => h("p", {}, text)),
+      h("p", {}, `Each loss is the mean over the last ${comparison.n_scored} tokens of each row, each share one of the adapter's gain.`),
+      table("comparison", comparison.cells[0], comparison.cells.slice(1))],
     h("h2", {}, "What it does to attention"),
     h("p", {}, "In each map a line is a layer and a column is a head. The pointer or the arrow keys choose a head, in all maps at once."),
-    h("div", { class: "maps" }, figures),
+    h("div", { class: "maps" }, maps(columns.filter(({ name }) => MAPS.includes(name)), root)),
     checks.length > 0 && [h("h2", {}, "How exactly the theory holds"), h("ul", {}, checks.map((text) => h("li", {}, text)))],
-    h("h2", {}, "All numbers"), others, table("all numbers", ["layer, head", ...columns.map(({ name }) => words(name))], lines, true),
-    h("h2", {}, "How this page was made"), h("pre", { tabindex: 0 }, command),
-    h("p", {}, Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ")),
+    h("h2", {}, "All numbers"), others, table("all numbers", ["layer, head", ...columns.map(({ name }) => words(name))], lines, true)];
+}
+
+/** Start the page of an analysis with the data that is in it. */
+export function startAnalysis() {
+  const root = document.getElementById("lab");
+  const data = JSON.parse(document.getElementById("header").textContent);
+  root.classList.add("mingpt-lab");
+  root.replaceChildren(h("header", {}, h("h1", {}, data.title)), h("main", {}, showAnalysis(data, root),
+    h("h2", {}, "How this page was made"), h("pre", { tabindex: 0 }, data.command),
+    h("p", {}, Object.entries(data.versions).map(([name, version]) => `${name} ${version}`).join(", ")),
     h("p", { class: "note" }, "After “When Do Prompting and Prefix-Tuning Work?”, Petrov, Torr and Bibi, ICLR 2024.")));
-  draw();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw); // a canvas keeps its colours
   root.dataset.isReady = "true";
 }

@@ -9,8 +9,8 @@ import { look } from "./look.js";
 import { matrix } from "./matrix.js";
 import { mix } from "./mix.js";
 
-const VIEWS = { Ask: ask, Mix: mix, Look: look, Matrix: matrix, Curves: curves, About: about };
-const WITHOUT_MODEL = ["Curves", "About"];
+export const VIEWS = { Ask: ask, Mix: mix, Look: look, Matrix: matrix, Curves: curves, About: about };
+export const WITHOUT_MODEL = ["Curves", "About"];
 
 /** Show a lab in an element. */
 export function mount(root, lab) {
