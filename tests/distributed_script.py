@@ -19,6 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import reference
 import torch
 import torch._dynamo  # (like the next two, to import it once for all processes)
@@ -307,6 +308,9 @@ def train_on_causal_lms(folder: Path, kinds: dict[str, str], shape: list[int] | 
             "n_parameters": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in lm.parameters()),
             "data_shard": data_shard(lm),
         }
+        if split == "fsdp":
+            with pytest.raises(ValueError, match="split by FSDP2, so all processes must read the same rows"):
+                Predictor(torch.stack, predict, model=lm).predict(list(rows), 4)
     return found
 
 

@@ -72,12 +72,23 @@ def data_shard(model: nn.Module) -> tuple[int, int]:
 
     All processes must get here.
     """
-    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
-    if mesh is None or mesh.mesh_dim_names == FSDP_DIMENSION:
+    mesh = _mesh_of(model)
+    if mesh is None or is_fully_sharded(model):
         return rank(), world_size()
     first = int(mesh.mesh.min())
     firsts = sorted(set(all_gather(first)))
     return firsts.index(first), len(firsts)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has split a model, so that all processes must call it alike."""
+    mesh = _mesh_of(model)
+    return mesh is not None and mesh.mesh_dim_names == FSDP_DIMENSION
+
+
+def _mesh_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes over which a model is split."""
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
 
 def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str) -> None:
@@ -85,7 +96,7 @@ def fully_shard(model: nn.Module, blocks: Iterable[nn.Module], device_type: str)
 
     A model that is split already stays as it is.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if _mesh_of(model) is not None:
         return
     from torch.distributed import fsdp
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from mingpt import distributed
-from mingpt.distributed.sharding import Rules, shard
+from mingpt.distributed.sharding import Rules, is_fully_sharded, shard
 from mingpt.storage.cache import cached_json
 from mingpt.storage.checkpoint import json_checksum
 from mingpt.storage.files import naming, parsing, read_json_lines, scratch_folder, write_atomic
@@ -111,8 +111,13 @@ class Predictor:
         Raises:
             CheckpointError: if ``path.parts`` is of other examples or another cache key.
             LockedError: if another process predicts to the same path.
-            ValueError: if ``output_fn`` gave another number of predictions than it got.
+            ValueError: if ``output_fn`` gave another number of predictions than it got, or the model is split by FSDP2.
         """
+        if self.model is not None and is_fully_sharded(self.model):
+            raise ValueError(
+                "the model is split by FSDP2, so all processes must read the same rows, and a Predictor gives each its "
+                "own; read the whole model from its file, or split it by sharding_rules"
+            )
         if per_device_batch_size < 1:
             raise ValueError(f"per_device_batch_size must be at least 1, got {per_device_batch_size}")
         if path is None:

@@ -10,8 +10,8 @@ import torch
 from mingpt.adapters import METHODS
 from mingpt.evaluation import evaluate
 from mingpt.experiments import Study, get_default_config, pipeline, run_study
-from mingpt.experiments.sweep import read_model
 from mingpt.experiments.language_model import in_context_scores, pretrain_language_model, smallest_caches
+from mingpt.experiments.sweep import read_model
 from mingpt.model import GPT
 from mingpt.prefix import as_key_value
 from mingpt.storage.files import CheckpointError
