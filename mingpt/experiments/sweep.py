@@ -167,8 +167,8 @@ class Study:
         file = self.folder.with_name(str(self.learning_rates)) / "results.csv"
         with parsing(file, "the results of a study"):
             best = best_rates(pd.read_csv(file), ["method", "size", "task"], self.choose_by)
-        rows = best.itertuples(index=False)
-        return {f"{each.method} of size {each.size} on {each.task}": [each.learning_rate] for each in rows}
+        columns = [best[name] for name in ("method", "size", "task", "learning_rate")]
+        return {f"{method} of size {size} on {task}": [rate] for method, size, task, rate in zip(*columns, strict=True)}
 
     def _size(self, run: str, method: str) -> int:
         config, n_placeholders = read_model(run)[0].config, self.config(run, 0).data.prefix_size
