@@ -248,7 +248,7 @@ def test_prefix_evaluates_in_the_precision_of_the_settings(run, copy, monkeypatc
         precisions.append(options.get("precision"))
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(cli, "evaluate", record)
+    monkeypatch.setattr(cli.experiments, "evaluate", record)
     assert run("prefix", "Add1", "--set", "evaluation.precision=float32")[0] == 0
     assert precisions == ["float32"]
 

@@ -387,7 +387,7 @@ def test_d12_a_long_line_is_not_echoed_whole(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("[" + "1, " * 10**6 + "1]")
     with pytest.raises(ValueError, match="line 1 of ") as raised:
-        cli._read_rows(path, Add1(), 10, 13)
+        cli.answers.read_rows(path, Add1(), 10, 13)
     assert len(str(raised.value)) < 500
 
 
@@ -422,7 +422,7 @@ def test_d7_a_signal_in_native_code_is_still_a_signal(monkeypatch, capsys):
             signal.raise_signal(signal.SIGTERM)
         raise ValueError("damaged")
 
-    monkeypatch.setattr(cli, "cli", load)
+    monkeypatch.setattr(cli.group, "cli", load)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as error:

@@ -69,7 +69,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "study": ("study.toml", _study),
     "table": ("study/results.csv", _study),
     "rates": ("study/rates.json", _study),
-    "rows": ("in.jsonl", lambda path: cli._read_rows(path, Add1(), 10, 13)),
+    "rows": ("in.jsonl", lambda path: cli.answers.read_rows(path, Add1(), 10, 13)),
     "parts": ("parts/0123456789abcdef-0-0.jsonl", lambda path: _collect(path.parent / "0123456789abcdef-", 5)),
     "step": ("step.json", lambda path: cached_json(path, {"a": 1}, lambda: 0)),
     "PEFT's weights": ("out/Add1/adapter_model.safetensors", lambda path: str(import_peft(path.parent, _model()))),
