@@ -106,7 +106,7 @@ def analyze(
     line of the file is a row of token ids, such as [6, 2, 7].
 
     With --examples the adapter's gain is compared with that of examples in the context, and of a LoRA trained on them:
-    an adapter that only elicits what the model knows can be replaced by demonstrations.
+    where a model learns in context, demonstrations can replace an adapter that only elicits what it knows.
     """
     given = {"n_demonstrations": demonstrations, "lora_iters": lora_iters, "n_scored": score_last}
     given = {name: value for name, value in given.items() if value is not None}

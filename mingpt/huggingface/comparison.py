@@ -1,7 +1,7 @@
 """Whether an adapter elicits or teaches: what demonstrations, and a LoRA trained here, reach of its gain.
 
-An adapter that only elicits what the model knows can be replaced by demonstrations in the context. One that teaches
-cannot, and then training on the same kind of rows shows whether they can be learned with as many numbers.
+Where a model learns in context, demonstrations can replace an adapter that only elicits what the model knows. They
+cannot replace one that teaches; training on the same kind of rows shows whether they are learned with as many numbers.
 
 Legend: B rows, T tokens, N examples, S tokens of an example.
 """
