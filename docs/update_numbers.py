@@ -32,7 +32,6 @@ import pandas as pd
 
 from mingpt.adapters import METHODS, size_for
 from mingpt.experiments.reproduction import KINDS, MIXED, results_table
-from mingpt.experiments.sweep import best_rates
 from mingpt.storage.cache import read_cached_json
 from mingpt.storage.weights import load_model
 from mingpt.tasks import PRETRAINING_TASKS
@@ -61,18 +60,13 @@ def read(name: str) -> pd.DataFrame:
 
     Args:
         name: "laptop" for the run in checkpoints/laptop; "five_seeds" for docs/five_seeds.csv; or a file of studies/
-            without its ending, where "methods" stands for "methods/results", with its seconds. Of a study "/chosen"
-            takes, for each method, size and task, the rate of the best mean accuracy, and of the smaller loss where
-            these are equal; "/curves" is one row for each time a training was validated, with that "accuracy", and
-            after its end with the last. The "accuracy" of "edits/constants" is that of whole rows. "+" puts files
+            without its ending, where "methods" stands for "methods/results", with its seconds. Of a study "/curves" is
+            one row for each time a training was validated, with that "accuracy", and after its end with the last. The "accuracy" of "edits/constants" is that of whole rows. "+" puts files
             behind one another.
     """
     if "+" in name:
         return pd.concat(map(read, name.split("+")), ignore_index=True)
     study, _, what = name.partition("/")
-    if what == "chosen":
-        cells = read(study)
-        return cells.merge(best_rates(cells, ["method", "size", "task"]))
     if what == "curves":
         cells = read(study)
         step = tomllib.loads((ROOT / "studies" / f"{study}.toml").read_text())["prefix"]["validate_every"]

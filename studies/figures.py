@@ -19,7 +19,6 @@ from PIL import Image
 
 from mingpt.analysis.seed_figures import seed_dots, seed_lines
 from mingpt.experiments.reproduction import result_figures
-from mingpt.experiments.sweep import best_rates
 
 ROOT = Path(__file__).parents[1]
 STUDIES, DOCS = ROOT / "studies", ROOT / "docs"
@@ -65,8 +64,7 @@ def methods_iterations() -> dict[str, Figure]:
 
 
 def one_layer() -> dict[str, Figure]:
-    results = read("one_layer/results")
-    results = results.merge(best_rates(results, ["method", "size", "task"]))
+    results = read("one_layer_test/results")
     results["method and size"] = results["method"] + " " + results["size"].astype(str)
     title = "What a model of one layer, which sorts in ascending order, learns"
     return {
@@ -137,7 +135,7 @@ SOURCES = {
     methods: ["studies/methods/results.csv"],
     methods_longer: ["studies/methods_longer/results.csv"],
     methods_iterations: [f"studies/{name}/results.csv" for name in ("methods", "methods_longer", "methods_10000")],
-    one_layer: ["studies/one_layer/results.csv"],
+    one_layer: ["studies/one_layer_test/results.csv"],
     one_layer_iterations: ["studies/one_layer_iterations/results.csv"],
     double_histogram: ["studies/double_histogram/results.csv"],
     length: ["studies/length/results.csv", "studies/edits/biases.csv"],
