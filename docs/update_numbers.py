@@ -61,8 +61,8 @@ def read(name: str) -> pd.DataFrame:
     Args:
         name: "laptop" for the run in checkpoints/laptop; "five_seeds" for docs/five_seeds.csv; or a file of studies/
             without its ending, where "methods" stands for "methods/results", with its seconds. Of a study "/curves" is
-            one row for each time a training was validated, with that "accuracy", and after its end with the last. The "accuracy" of "edits/constants" is that of whole rows. "+" puts files
-            behind one another.
+            one row for each time a training was validated, with that "accuracy", and after its end with the last. The
+            "accuracy" of "edits/constants" is that of whole rows. "+" puts files behind one another.
     """
     if "+" in name:
         return pd.concat(map(read, name.split("+")), ignore_index=True)

@@ -86,6 +86,20 @@ def double_histogram() -> dict[str, Figure]:
     }
 
 
+def double_histogram_longer() -> dict[str, Figure]:
+    results = read("double_histogram_longer/results")
+    rows = [
+        {"method": f"{cell.method}, {cell.n_parameters:,} parameters", "task": cell.task, "iterations": 500 * n}
+        | {"accuracy": accuracy}
+        for _, cell in results.iterrows()
+        for n, accuracy in enumerate(json.loads(cell.curve), start=1)
+        if n % 10 == 0
+    ]
+    title = "Validation accuracy over 50,000 iterations, one seed"
+    figure = seed_lines(pd.DataFrame(rows), "iterations", "method", "task", title)
+    return {"studies/double_histogram_longer": figure}
+
+
 def length() -> dict[str, Figure]:
     results = read("length/results").assign(kept="trained at this length")
     cut = read("edits/biases").rename(columns={"number": "size"})
@@ -138,6 +152,7 @@ SOURCES = {
     one_layer: ["studies/one_layer_test/results.csv"],
     one_layer_iterations: ["studies/one_layer_iterations/results.csv"],
     double_histogram: ["studies/double_histogram/results.csv"],
+    double_histogram_longer: ["studies/double_histogram_longer/results.csv"],
     length: ["studies/length/results.csv", "studies/edits/biases.csv"],
     controls: ["studies/controls/results.csv"],
     keys: ["studies/edits/keys.csv"],
