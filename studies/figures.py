@@ -87,9 +87,9 @@ def double_histogram() -> dict[str, Figure]:
 
 
 def double_histogram_longer() -> dict[str, Figure]:
-    results = read("double_histogram_longer/results")
+    results = pd.concat([read("double_histogram_longer/results"), read("double_histogram_slower/results")])
     rows = [
-        {"method": f"{cell.method}, {cell.n_parameters:,} parameters", "task": cell.task, "iterations": 500 * n}
+        {"method": f"{cell.method} of size {cell.size}, rate {cell.learning_rate:g}", "task": cell.task, "iterations": 500 * n}
         | {"accuracy": accuracy}
         for _, cell in results.iterrows()
         for n, accuracy in enumerate(json.loads(cell.curve), start=1)
@@ -152,7 +152,7 @@ SOURCES = {
     one_layer: ["studies/one_layer_test/results.csv"],
     one_layer_iterations: ["studies/one_layer_iterations/results.csv"],
     double_histogram: ["studies/double_histogram/results.csv"],
-    double_histogram_longer: ["studies/double_histogram_longer/results.csv"],
+    double_histogram_longer: [f"studies/double_histogram_{name}/results.csv" for name in ("longer", "slower")],
     length: ["studies/length/results.csv", "studies/edits/biases.csv"],
     controls: ["studies/controls/results.csv"],
     keys: ["studies/edits/keys.csv"],
