@@ -89,10 +89,10 @@ def double_histogram() -> dict[str, Figure]:
 def double_histogram_longer() -> dict[str, Figure]:
     results = pd.concat([read("double_histogram_longer/results"), read("double_histogram_slower/results")])
     rows = [
-        {"method": f"{cell.method} of size {cell.size}, rate {cell.learning_rate:g}", "task": cell.task, "iterations": 500 * n}
-        | {"accuracy": accuracy}
-        for _, cell in results.iterrows()
-        for n, accuracy in enumerate(json.loads(cell.curve), start=1)
+        {"method": f"{cell['method']} of size {cell['size']}, rate {cell['learning_rate']}", "task": cell["task"]}
+        | {"iterations": 500 * n, "accuracy": accuracy}
+        for cell in results.to_dict("records")
+        for n, accuracy in enumerate(json.loads(cell["curve"]), start=1)
         if n % 10 == 0
     ]
     title = "Validation accuracy over 50,000 iterations, one seed"
