@@ -94,11 +94,12 @@ def _without_forcing(grammar: str) -> str:
     By default llguidance splits a text that is the only one to follow itself, and allows no other token. Up to 1.9.1
     that token can be one that does not fit, where the row has begun the text with a shorter one.
     """
-    parts = json.loads(grammar)["grammars"] if grammar.lstrip().startswith("{") else [{"lark_grammar": grammar}]
-    for part in parts:
+    is_json = grammar.lstrip().startswith("{")
+    whole = json.loads(grammar) if is_json else {"grammars": [{"lark_grammar": grammar}]}
+    for part in whole["grammars"]:
         lark = part.get("lark_grammar") or f"start: %json {json.dumps(part.pop('json_schema'))}"
         part["lark_grammar"] = lark if "%llguidance" in lark else f'%llguidance {{"no_forcing": true}}\n{lark}'
-    return json.dumps({"grammars": parts})
+    return json.dumps(whole)
 
 
 def tokenizer_of(spellings: Sequence[str], end_token: int) -> LLTokenizer:

@@ -147,11 +147,11 @@ def load_adapter(
         n_numbers = sum(tensor.numel() for tensor in tensors.values())
         if method.count(model.config, size) > n_numbers:
             raise ValueError(f"an adapter of size {size} has more than {n_numbers} numbers")
+        described = description["data"]
         if data is None:
-            data = (TextDataset if "tokenizer" in description["data"] else CustomDataset).from_description(
-                description["data"]
-            )
-        verify(path, {"data": description["data"]}, {"data": data.describe()})
+            data = (TextDataset if "tokenizer" in described else CustomDataset).from_description(described)
+        else:
+            verify(path, {"data": described}, {"data": data.describe()})
         adapter = cast(Callable[..., Adapter], method)(model, data, size)
     load_weights(adapter, tensors, path)
     adapter.detach()

@@ -107,6 +107,9 @@ def test_an_adapter_is_read_back_as_it_was(tmp_path, name):
     with loaded.attached() as prefix:
         assert torch.equal(other(x, prefixes=prefix, n_last=LENGTH)[0], expected)
     assert torch.equal(other(x)[0], plain)
+    assert load_adapter(tmp_path / "one.safetensors", other, data)[1] == description
+    with pytest.raises(CheckpointError, match="it was made with data"):
+        load_adapter(tmp_path / "one.safetensors", other, datasets()[0])
     next(other.parameters()).mul_(2)
     with pytest.raises(CheckpointError, match=r"one\.safetensors"):
         load_adapter(tmp_path / "one.safetensors", other)

@@ -331,6 +331,18 @@ def test_a_model_in_training_mode_with_checkpointing_generates_the_same():
 # ------------------------------------------------------------------------------------------------------ training
 
 
+def trained(lm, data, prefix, max_iters):
+    """A PrefixTrainer that has run, validated twice, and made the loss smaller."""
+    config, losses = PrefixTrainer.get_default_config(), []
+    config.merge_from_dict({"device": "cpu", "max_iters": max_iters, "batch_size": 8, "learning_rate": 0.03})
+    config.merge_from_dict({"progress": False, "validate_every": max_iters // 2, "validation_rows": 4})
+    trainer = PrefixTrainer(config, lm, data, prefix)
+    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
+    trainer.run()
+    assert losses[-1] < losses[0] - 0.1
+    return trainer
+
+
 @theirs
 @pytest.mark.parametrize(("architecture", "kind"), [("llama", "key_value"), ("gpt2", "prompt")])
 def test_prefix_trainer_trains_it_and_evaluate_scores_it(architecture, kind):
@@ -339,14 +351,7 @@ def test_prefix_trainer_trains_it_and_evaluate_scores_it(architecture, kind):
     data = CustomDataset("train", [Add1()], length=4, num_digits=9, prefix_padding=P)
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     prefix = Prefix(kind, 0.1 * random_values(lm, kind=kind))
-    config = PrefixTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "max_iters": 30, "batch_size": 8, "learning_rate": 0.03})
-    config.merge_from_dict({"progress": False, "validate_every": 15, "validation_rows": 4})
-    losses = []
-    trainer = PrefixTrainer(config, lm, data, prefix)
-    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
-    trainer.run()
-    assert losses[-1] < losses[0] - 0.1
+    trainer = trained(lm, data, prefix, max_iters=30)
     assert trainer.curves.shape == (1, 2)
     assert not trainer.curves.isnan().any()
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
@@ -392,14 +397,7 @@ def test_text_is_learned_and_scored():
     lm = CausalLM(random_hf_model("llama", std=0.1, vocab_size=CHARACTERS.vocab_size))
     data = TextDataset("train", [Upper()], length=30, prefix_padding=P)
     prefix = Prefix("prompt", 0.1 * random_values(lm, kind="prompt"))
-    config = PrefixTrainer.get_default_config()
-    config.merge_from_dict({"device": "cpu", "max_iters": 20, "batch_size": 8, "learning_rate": 0.03})
-    config.merge_from_dict({"progress": False, "validate_every": 10, "validation_rows": 4})
-    losses = []
-    trainer = PrefixTrainer(config, lm, data, prefix)
-    trainer.add_callback("on_batch_end", lambda trainer: losses.append(trainer.loss.item()))
-    trainer.run()
-    assert losses[-1] < losses[0] - 0.1
+    trained(lm, data, prefix, max_iters=20)
     score = evaluate(lm, data.with_split("test"), prefix, 12, batch_size=5)
     x, y = data.with_split("test").batch(range(12))
     is_right = (lm(x, prefixes=prefix)[0].argmax(dim=-1) == y) | (y == IGNORED)
